@@ -1,0 +1,36 @@
+// Gated activations: y = activation(gate) * up.
+#include "loops.h"
+#include "math.h"
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+template <class T, class F>
+void gated_rows(const GatedArgs& a, int64_t begin, int64_t end, F activation) {
+  for (int64_t r = begin; r < end; ++r) {
+    const T* gate = row<T>(a.gate, r);
+    const T* up = row<T>(a.up, r);
+    map(a.stream, row<T>(a.y, r), a.n, [&](int64_t i, auto l) {
+      return activation(load(gate + i, l)) * load(up + i, l);
+    });
+  }
+}
+
+}  // namespace
+
+void gated(const GatedArgs& a, int64_t begin, int64_t end) {
+  with_type(a.y.dtype, [&](auto t) {
+    using T = decltype(t);
+    switch (a.activation) {
+      case Activation::silu:
+        return gated_rows<T>(a, begin, end, [](Vec x) { return silu(x); });
+      case Activation::gelu_erf:
+        return gated_rows<T>(a, begin, end, [](Vec x) { return gelu_erf(x); });
+      case Activation::gelu_tanh:
+        return gated_rows<T>(a, begin, end, [](Vec x) { return gelu_tanh(x); });
+    }
+  });
+  if (a.stream) stream_end();
+}
+
+}  // namespace lmfuse::LMFUSE_ISA

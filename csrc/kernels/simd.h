@@ -1,0 +1,44 @@
+// The vector vocabulary: fp32 lanes, and loads and stores that convert from and to the three
+// storage types. This header, its three siblings and the declared micro-kernels are the only text
+// that names an instruction; kernels are written in these words.
+//
+//   Vec            kLanes fp32 values: + - * /, fma, min, max, sqrt, abs, round, select …
+//   Lanes          how many lanes of a step are in use: all() or the first n (a tail)
+//   load(p, l)     p is float, bf16_t or f16_t; lanes beyond l are 0
+//   store(p, v, l) rounds to nearest even
+//   load_pairs, store_pairs   even and odd elements apart, for interleaved RoPE
+//   sum(v)         one fixed tree, whatever the data
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+#define LMFUSE_INLINE inline __attribute__((always_inline))
+
+struct bf16_t {
+  uint16_t bits;
+};
+struct f16_t {
+  uint16_t bits;
+};
+
+template <class To, class From>
+LMFUSE_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  return __builtin_bit_cast(To, from);
+}
+
+}  // namespace
+}  // namespace lmfuse::LMFUSE_ISA
+
+#if defined(__AVX512F__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+#else
+#include "simd_generic.h"
+#endif

@@ -1,0 +1,142 @@
+// The vocabulary of simd.h on AVX2, FMA and F16C: 8 lanes. AVX2 masks 32-bit lanes only, so tails of
+// 16-bit types go through a small buffer.
+#pragma once
+
+#include <immintrin.h>
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+constexpr int64_t kLanes = 8;
+
+struct Vec {
+  __m256 v;
+};
+struct Mask {
+  __m256 v;
+};
+
+struct Lanes {
+  int64_t n;
+  static LMFUSE_INLINE Lanes all() { return {kLanes}; }
+  static LMFUSE_INLINE Lanes first(int64_t n) { return {n}; }
+  LMFUSE_INLINE __m256i mask() const {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+};
+
+LMFUSE_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+LMFUSE_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+LMFUSE_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+LMFUSE_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+LMFUSE_INLINE Vec round(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+LMFUSE_INLINE Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+LMFUSE_INLINE Vec select(Mask m, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, m.v)};
+}
+LMFUSE_INLINE Vec keep(Vec a, Lanes l) {
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(l.mask()))};
+}
+
+// In two halves, so that neither factor leaves the range of exponents.
+LMFUSE_INLINE Vec scale2(Vec a, Vec n) {
+  const __m256i e = _mm256_cvtps_epi32(n.v);
+  const __m256i e1 = _mm256_srai_epi32(e, 1), e2 = _mm256_sub_epi32(e, e1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256 f1 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e1, bias), 23));
+  const __m256 f2 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e2, bias), 23));
+  return {_mm256_mul_ps(_mm256_mul_ps(a.v, f1), f2)};
+}
+
+LMFUSE_INLINE float sum(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+LMFUSE_INLINE float max(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+LMFUSE_INLINE Vec widen(__m128i bits, bf16_t) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+LMFUSE_INLINE Vec widen(__m128i bits, f16_t) { return {_mm256_cvtph_ps(bits)}; }
+
+LMFUSE_INLINE __m128i narrow(Vec a, bf16_t) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+LMFUSE_INLINE __m128i narrow(Vec a, f16_t) {
+  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+LMFUSE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+LMFUSE_INLINE Vec load(const float* p, Lanes l) { return {_mm256_maskload_ps(p, l.mask())}; }
+LMFUSE_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+LMFUSE_INLINE void store(float* p, Vec a, Lanes l) { _mm256_maskstore_ps(p, l.mask(), a.v); }
+
+template <class T>
+LMFUSE_INLINE Vec load(const T* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
+}
+template <class T>
+LMFUSE_INLINE Vec load(const T* p, Lanes l) {
+  alignas(16) T buffer[kLanes] = {};
+  __builtin_memcpy(buffer, p, l.n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+LMFUSE_INLINE void store(T* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a, T{}));
+}
+template <class T>
+LMFUSE_INLINE void store(T* p, Vec a, Lanes l) {
+  alignas(16) T buffer[kLanes];
+  store(buffer, a);
+  __builtin_memcpy(p, buffer, l.n * sizeof(T));
+}
+
+LMFUSE_INLINE void stream(float* p, Vec a, Vec b) {
+  _mm256_stream_ps(p, a.v);
+  _mm256_stream_ps(p + kLanes, b.v);
+}
+template <class T>
+LMFUSE_INLINE void stream(T* p, Vec a, Vec b) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_inserti128_si256(_mm256_castsi128_si256(narrow(a, T{})),
+                                              narrow(b, T{}), 1));
+}
+LMFUSE_INLINE void stream_end() { _mm_sfence(); }
+
+LMFUSE_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
+  const __m256 low = _mm256_permute2f128_ps(a.v, b.v, 0x20);   // a0 … a3 b0 … b3
+  const __m256 high = _mm256_permute2f128_ps(a.v, b.v, 0x31);  // a4 … a7 b4 … b7
+  even = {_mm256_shuffle_ps(low, high, 0x88)};
+  odd = {_mm256_shuffle_ps(low, high, 0xdd)};
+}
+LMFUSE_INLINE void interleave(Vec even, Vec odd, Vec& a, Vec& b) {
+  const __m256 low = _mm256_unpacklo_ps(even.v, odd.v);   // e0 o0 e1 o1 | e4 …
+  const __m256 high = _mm256_unpackhi_ps(even.v, odd.v);  // e2 o2 e3 o3 | e6 …
+  a = {_mm256_permute2f128_ps(low, high, 0x20)};
+  b = {_mm256_permute2f128_ps(low, high, 0x31)};
+}
+
+}  // namespace
+}  // namespace lmfuse::LMFUSE_ISA

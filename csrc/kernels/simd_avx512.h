@@ -1,0 +1,116 @@
+// The vocabulary of simd.h on AVX-512: 16 lanes, tails by mask.
+#pragma once
+
+#include <immintrin.h>
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+struct Vec {
+  __m512 v;
+};
+using Mask = __mmask16;
+
+struct Lanes {
+  __mmask16 mask;
+  static LMFUSE_INLINE Lanes all() { return {0xffff}; }
+  static LMFUSE_INLINE Lanes first(int64_t n) { return {static_cast<__mmask16>((1u << n) - 1)}; }
+};
+
+LMFUSE_INLINE Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+LMFUSE_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// As the hardware has them: the second operand where either is NaN.
+LMFUSE_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+LMFUSE_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+LMFUSE_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+LMFUSE_INLINE Vec round(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+LMFUSE_INLINE Mask operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+LMFUSE_INLINE Vec select(Mask m, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(m, no.v, yes.v)};
+}
+LMFUSE_INLINE Vec keep(Vec a, Lanes l) { return {_mm512_maskz_mov_ps(l.mask, a.v)}; }
+
+// a * 2^n for integral n in [-252, 252]; right also where the result is subnormal.
+LMFUSE_INLINE Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+
+LMFUSE_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+LMFUSE_INLINE float max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+LMFUSE_INLINE Vec widen(__m256i bits, bf16_t) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+LMFUSE_INLINE Vec widen(__m256i bits, f16_t) { return {_mm512_cvtph_ps(bits)}; }
+
+// vcvtneps2bf16 would flush subnormals; this rounds them as torch does. NaN stays NaN.
+LMFUSE_INLINE __m256i narrow(Vec a, bf16_t) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+LMFUSE_INLINE __m256i narrow(Vec a, f16_t) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+LMFUSE_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+LMFUSE_INLINE Vec load(const float* p, Lanes l) { return {_mm512_maskz_loadu_ps(l.mask, p)}; }
+LMFUSE_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+LMFUSE_INLINE void store(float* p, Vec a, Lanes l) { _mm512_mask_storeu_ps(p, l.mask, a.v); }
+
+template <class T>
+LMFUSE_INLINE Vec load(const T* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
+}
+template <class T>
+LMFUSE_INLINE Vec load(const T* p, Lanes l) {
+  return widen(_mm256_maskz_loadu_epi16(l.mask, p), T{});
+}
+template <class T>
+LMFUSE_INLINE void store(T* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, T{}));
+}
+template <class T>
+LMFUSE_INLINE void store(T* p, Vec a, Lanes l) {
+  _mm256_mask_storeu_epi16(p, l.mask, narrow(a, T{}));
+}
+
+// Two vectors to an address that is a multiple of 2 * kLanes elements, around the caches.
+LMFUSE_INLINE void stream(float* p, Vec a, Vec b) {
+  _mm512_stream_ps(p, a.v);
+  _mm512_stream_ps(p + kLanes, b.v);
+}
+template <class T>
+LMFUSE_INLINE void stream(T* p, Vec a, Vec b) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p),
+                      _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a, T{})),
+                                         narrow(b, T{}), 1));
+}
+LMFUSE_INLINE void stream_end() { _mm_sfence(); }
+
+// (a, b) = 2 * kLanes consecutive values -> their even and odd elements, and back.
+LMFUSE_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
+  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = {_mm512_permutex2var_ps(a.v, index, b.v)};
+  odd = {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(index, _mm512_set1_epi32(1)), b.v)};
+}
+LMFUSE_INLINE void interleave(Vec even, Vec odd, Vec& a, Vec& b) {
+  const __m512i index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = {_mm512_permutex2var_ps(even.v, index, odd.v)};
+  b = {_mm512_permutex2var_ps(even.v, _mm512_add_epi32(index, _mm512_set1_epi32(8)), odd.v)};
+}
+
+}  // namespace
+}  // namespace lmfuse::LMFUSE_ISA

@@ -1,0 +1,138 @@
+// What every op needs between torch and a kernel: checks, views of tensors as rows, outputs, threads.
+// libtorch's stable ABI only (2.10), so that one binary serves every torch from there on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../kernels/kernels.h"
+
+namespace lmfuse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The last net below the checks in Python, which name the argument. What only the data can tell (a
+// position outside of a table) is found here; "[value]" makes functional/ raise it as a ValueError.
+#define LMFUSE_CHECK(condition, ...) STD_TORCH_CHECK(condition, "lmfuse: ", __VA_ARGS__)
+#define LMFUSE_CHECK_VALUE(condition, ...) STD_TORCH_CHECK(condition, "lmfuse: [value]", __VA_ARGS__)
+
+inline bool is_float(const Tensor& t) {
+  const ScalarType s = t.scalar_type();
+  return s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half;
+}
+
+inline DType dtype(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      LMFUSE_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+inline int64_t bytes(const Tensor& t) {
+  return t.numel() * (t.scalar_type() == ScalarType::Float ? 4 : 2);
+}
+
+// A new contiguous tensor; like torch's, its memory holds what it held before.
+inline Tensor empty(const int64_t* sizes, int64_t dim, const Tensor& like) {
+  int64_t strides[64];
+  for (int64_t d = dim - 1, step = 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  int32_t type;
+  aoti_torch_get_dtype(like.get(), &type);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_like(const Tensor& x) { return empty(x.sizes().data(), x.dim(), x); }
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != b.size(d)) return false;
+  return true;
+}
+
+// The leading dimensions of t, neighbours joined where one stride serves both. False if more than
+// Rows::kMaxDims are left, or the elements of a row are not contiguous.
+inline bool collapse(const Tensor& t, Rows& rows) {
+  const int64_t dim = t.dim();
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  if (dim && sizes[dim - 1] > 1 && strides[dim - 1] != 1) return false;
+  rows.dims = 0;
+  for (int64_t d = 0; d + 1 < dim; ++d) {
+    if (sizes[d] == 1) continue;
+    const int last = rows.dims - 1;
+    if (last >= 0 && rows.stride[last] == sizes[d] * strides[d]) {
+      rows.size[last] *= sizes[d];
+      rows.stride[last] = strides[d];
+      continue;
+    }
+    if (rows.dims == Rows::kMaxDims) return false;
+    rows.size[rows.dims] = sizes[d];
+    rows.stride[rows.dims++] = strides[d];
+  }
+  return true;
+}
+
+// t as rows; a tensor that cannot be seen so is copied first, and t then holds the copy.
+inline Matrix as_rows(Tensor& t, const char* name) {
+  Matrix m;
+  if (!collapse(t, m.rows)) {
+    t = torch::stable::contiguous(t);
+    collapse(t, m.rows);
+  }
+  m.data = t.data_ptr();
+  m.dtype = dtype(t, name);
+  return m;
+}
+
+// A tensor that is written in place, so that a copy would lose the result.
+inline Matrix as_rows_in_place(const Tensor& t, const char* name) {
+  Matrix m;
+  LMFUSE_CHECK(collapse(t, m.rows), name,
+               " is written in place: its last dimension must be contiguous");
+  m.data = t.mutable_data_ptr();
+  m.dtype = dtype(t, name);
+  return m;
+}
+
+inline Vector as_vector(Tensor& t, int64_t n, const char* name) {
+  LMFUSE_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == n, name, " must be a CPU tensor of ", n,
+               " elements");
+  if (n > 1 && t.stride(0) != 1) t = torch::stable::contiguous(t);
+  return {t.const_data_ptr(), dtype(t, name)};
+}
+
+// Outputs of this size leave the caches before anybody reads them.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
+// Splits [0, count) over torch's own threads, each with at least 32k elements: below that, waking a
+// thread (2 to 5 us) costs more than it saves.
+template <class F>
+void parallel(int64_t count, int64_t elements_each, const F& f) {
+  constexpr int64_t kGrain = 32768;
+  const int64_t grain = elements_each > 0 ? (kGrain + elements_each - 1) / elements_each : kGrain;
+  if (count <= grain) {
+    if (count > 0) f(int64_t{0}, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, f);
+  }
+}
+
+}  // namespace lmfuse

@@ -1,0 +1,208 @@
+#include "common.h"
+
+namespace lmfuse {
+namespace {
+
+// Heads of x, [batch, seq, heads, head_dim], or [batch, heads, seq, head_dim] if heads_first.
+struct Heads {
+  int64_t batch, seq, heads, dim;
+  int64_t stride_b, stride_s, stride_h;
+};
+
+Heads heads_of(const Tensor& x, bool heads_first, const char* name) {
+  LMFUSE_CHECK(x.is_cpu() && x.dim() == 4, name, " must be a CPU tensor of four dimensions");
+  LMFUSE_CHECK(x.size(3) <= 1 || x.stride(3) == 1, name,
+               " must be contiguous in its last dimension");
+  const int s = heads_first ? 2 : 1, h = 3 - s;
+  return {x.size(0),   x.size(s),   x.size(h),  x.size(3),
+          x.stride(0), x.stride(s), x.stride(h)};
+}
+
+RopeArgs::Heads operand(const Heads& g, void* data) {
+  return {data, g.stride_b, g.stride_s, g.stride_h};
+}
+
+// A new tensor with the sizes of x, laid out as [batch, seq, heads, head_dim] in memory.
+Tensor empty_heads(const Tensor& x, const Heads& g, bool heads_first) {
+  const int64_t row = g.heads * g.dim;
+  const int64_t sizes[4] = {x.size(0), x.size(1), x.size(2), x.size(3)};
+  const int64_t strides[4] = {g.seq * row, heads_first ? g.dim : row, heads_first ? row : g.dim, 1};
+  int32_t type;
+  aoti_torch_get_dtype(x.get(), &type);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// What does not depend on x: the table and the positions, all checked against each other.
+struct Table {
+  Tensor sin, cos;
+  std::optional<Tensor> positions;
+  int64_t rotary_dim;
+  bool half;
+
+  RopeArgs args(const Heads& g) {
+    RopeArgs a{};
+    const int64_t dim = sin.dim(), rows = sin.size(dim - 2), width = sin.size(dim - 1);
+    LMFUSE_CHECK(sin.is_cpu() && same_sizes(sin, cos) && sin.scalar_type() == cos.scalar_type() &&
+                     (dim == 2 || dim == 3),
+                 "sin and cos must be CPU tensors of one shape and dtype, [rows, width] or "
+                 "[batch, seq, width]");
+    LMFUSE_CHECK(rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= g.dim &&
+                     2 * width >= rotary_dim,
+                 "rotary_dim ", rotary_dim, " must be even, at most head_dim ", g.dim,
+                 " and at most twice the width ", width, " of sin and cos");
+    if (sin.stride(dim - 1) != 1 && width > 1) sin = torch::stable::contiguous(sin);
+    if (cos.stride(dim - 1) != 1 && width > 1) cos = torch::stable::contiguous(cos);
+    a.sin = sin.const_data_ptr();
+    a.cos = cos.const_data_ptr();
+    a.table_dtype = dtype(sin, "sin");
+    a.sin_stride_s = sin.stride(dim - 2);
+    a.cos_stride_s = cos.stride(dim - 2);
+    if (dim == 3) {
+      LMFUSE_CHECK(!positions, "position_ids need a table of two dimensions");
+      LMFUSE_CHECK((sin.size(0) == 1 || sin.size(0) == g.batch) && rows == g.seq,
+                   "sin and cos must have a row for each token");
+      a.sin_stride_b = sin.size(0) == 1 ? 0 : sin.stride(0);
+      a.cos_stride_b = sin.size(0) == 1 ? 0 : cos.stride(0);
+    } else {
+      place(a, g, rows);
+    }
+    a.seq_len = g.seq;
+    a.heads = g.heads;
+    a.head_dim = g.dim;
+    a.rotary_dim = rotary_dim;
+    a.half = half;
+    return a;
+  }
+
+  // Every position is looked at before the first row is touched.
+  void place(RopeArgs& a, const Heads& g, int64_t rows) {
+    if (!positions) {
+      LMFUSE_CHECK_VALUE(g.seq <= rows, "sin and cos have ", rows, " rows, but there are ", g.seq,
+                         " tokens");
+      return;
+    }
+    const Tensor& p = *positions;
+    LMFUSE_CHECK(p.is_cpu() && p.scalar_type() == ScalarType::Long,
+                 "position_ids must be a CPU tensor of int64");
+    a.positions = static_cast<const int64_t*>(p.const_data_ptr());
+    if (p.numel() == 1) {
+      const int64_t first = a.positions[0];
+      LMFUSE_CHECK_VALUE(first >= 0 && first <= rows - g.seq, "position_ids start at ", first,
+                         ": ", g.seq, " tokens from there do not fit into the ", rows,
+                         " rows of sin and cos");
+      a.pos_step = 1;
+      return;
+    }
+    LMFUSE_CHECK(p.dim() == 2 && (p.size(0) == 1 || p.size(0) == g.batch) && p.size(1) == g.seq,
+                 "position_ids must be [batch, seq], [1, seq] or a single element");
+    a.pos_b = p.size(0) == 1 ? 0 : p.stride(0);
+    a.pos_s = p.stride(1);
+    for (int64_t b = 0; b < p.size(0); ++b)
+      for (int64_t s = 0; s < g.seq; ++s) {
+        const int64_t at = a.positions[b * a.pos_b + s * a.pos_s];
+        LMFUSE_CHECK_VALUE(at >= 0 && at < rows, "position_ids[", b, ", ", s, "] is ", at,
+                           ", but sin and cos have ", rows, " rows");
+      }
+  }
+};
+
+void rotate(RopeArgs a, const Heads& x, const void* from, const Heads& y, void* to, DType type) {
+  a.x = operand(x, const_cast<void*>(from));
+  a.y = operand(y, to);
+  a.dtype = type;
+  const auto kernel = kernels().rope;
+  parallel(x.batch * x.seq, x.heads * x.dim,
+           [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+Tensor rope(Tensor x, Tensor sin, Tensor cos, std::optional<Tensor> positions, int64_t rotary_dim,
+            bool half, bool heads_first) {
+  const Heads g = heads_of(x, heads_first, "x");
+  const RopeArgs a = Table{sin, cos, positions, rotary_dim, half}.args(g);
+  Tensor y = empty_heads(x, g, heads_first);
+  rotate(a, g, x.const_data_ptr(), heads_of(y, heads_first, "y"), y.mutable_data_ptr(),
+         dtype(x, "x"));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> rope_qk(Tensor query, Tensor key, Tensor sin, Tensor cos,
+                                   std::optional<Tensor> positions, int64_t rotary_dim, bool half,
+                                   bool heads_first) {
+  return {rope(query, sin, cos, positions, rotary_dim, half, heads_first),
+          rope(key, sin, cos, positions, rotary_dim, half, heads_first)};
+}
+
+void rope_qk_(Tensor query, Tensor key, Tensor sin, Tensor cos, std::optional<Tensor> positions,
+              int64_t rotary_dim, bool half) {
+  const Heads q = heads_of(query, false, "query"), k = heads_of(key, false, "key");
+  LMFUSE_CHECK(q.batch == k.batch && q.seq == k.seq && q.dim == k.dim,
+               "query and key must agree in all but their heads");
+  Table table{sin, cos, positions, rotary_dim, half};
+  RopeArgs a = table.args(q);
+  rotate(a, q, query.const_data_ptr(), q, query.mutable_data_ptr(), dtype(query, "query"));
+  a.heads = k.heads;
+  rotate(a, k, key.const_data_ptr(), k, key.mutable_data_ptr(), dtype(key, "key"));
+}
+
+// qkv [batch, seq, (heads + 2 kv_heads) * head_dim] -> q and k rotated, v copied.
+std::tuple<Tensor, Tensor, Tensor> rope_qkv(Tensor qkv, Tensor sin, Tensor cos,
+                                            std::optional<Tensor> positions, int64_t num_heads,
+                                            int64_t head_dim, int64_t rotary_dim, bool half) {
+  LMFUSE_CHECK(qkv.is_cpu() && qkv.dim() == 3 && (qkv.size(2) <= 1 || qkv.stride(2) == 1),
+               "x must be a CPU tensor [batch, seq, features], contiguous in its last dimension");
+  const int64_t features = qkv.size(2), rest = features - num_heads * head_dim;
+  LMFUSE_CHECK(num_heads > 0 && head_dim > 0 && rest > 0 && rest % (2 * head_dim) == 0,
+               "x has ", features, " features, which ", num_heads, " query heads of ", head_dim,
+               " do not leave an equal number of key and value heads of");
+  const int64_t kv_heads = rest / (2 * head_dim);
+  const size_t size = qkv.scalar_type() == ScalarType::Float ? 4 : 2;
+  const DType type = dtype(qkv, "x");
+  Heads g{qkv.size(0),   qkv.size(1),   num_heads, head_dim,
+          qkv.stride(0), qkv.stride(1), head_dim};
+  const RopeArgs table = Table{sin, cos, positions, rotary_dim, half}.args(g);
+
+  const char* from = static_cast<const char*>(qkv.const_data_ptr());
+  const auto part = [&](int64_t heads, int64_t rotary) {
+    const int64_t sizes[4] = {g.batch, g.seq, heads, head_dim};
+    Tensor y = empty(sizes, 4, qkv);
+    g.heads = heads;
+    RopeArgs a = table;
+    a.heads = heads;
+    a.rotary_dim = rotary;
+    rotate(a, g, from, heads_of(y, false, "y"), y.mutable_data_ptr(), type);
+    from += heads * head_dim * size;
+    return y;
+  };
+  Tensor q = part(num_heads, rotary_dim);
+  Tensor k = part(kv_heads, rotary_dim);
+  return {q, k, part(kv_heads, 0)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
+  m.def(
+      "rope(Tensor x, Tensor sin, Tensor cos, Tensor? positions, int rotary_dim, bool half,"
+      " bool heads_first) -> Tensor");
+  m.def(
+      "rope_qk(Tensor query, Tensor key, Tensor sin, Tensor cos, Tensor? positions, int rotary_dim,"
+      " bool half, bool heads_first) -> (Tensor, Tensor)");
+  m.def(
+      "rope_qk_(Tensor(a!) query, Tensor(b!) key, Tensor sin, Tensor cos, Tensor? positions,"
+      " int rotary_dim, bool half) -> ()");
+  m.def(
+      "rope_qkv(Tensor qkv, Tensor sin, Tensor cos, Tensor? positions, int num_heads, int head_dim,"
+      " int rotary_dim, bool half) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) {
+  m.impl("rope", TORCH_BOX(&rope));
+  m.impl("rope_qk", TORCH_BOX(&rope_qk));
+  m.impl("rope_qk_", TORCH_BOX(&rope_qk_));
+  m.impl("rope_qkv", TORCH_BOX(&rope_qkv));
+}
+
+}  // namespace lmfuse

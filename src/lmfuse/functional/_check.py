@@ -1,0 +1,82 @@
+"""The checks before an op, each of which names the argument, what it is and what it must be.
+
+They look at shapes and dtypes only, so they also hold while torch.compile and torch.export trace. A
+decode step makes hundreds of them: each first asks in one line whether all is well (0.2 us) and only
+then looks for what is not.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, bfloat16, float16, float32
+
+FLOATS = (float32, bfloat16, float16)
+
+
+def tensor(name: str, x: object) -> None:
+    """Raises unless `x` is a CPU (or meta) tensor of float32, bfloat16 or float16."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} is {x.dtype}, but must be float32, bfloat16 or float16")
+    if not (x.is_cpu or x.is_meta):
+        raise ValueError(f"{name} is on {x.device}, but lmfuse computes on the CPU")
+
+
+def row(name: str, x: Tensor) -> int:
+    """As `tensor`, of at least one dimension; returns the length of the last."""
+    try:
+        if x.is_cpu and x.dtype in FLOATS:
+            return x.shape[-1]
+    except (AttributeError, IndexError):
+        pass
+    tensor(name, x)
+    if not x.dim():
+        raise ValueError(f"{name} has no dimension, but must have at least one")
+    return x.shape[-1]
+
+
+def vector(name: str, x: Tensor | None, n: int, of: str) -> None:
+    """Raises unless `x` is None or has `n` elements, as many as a row of the tensor called `of`."""
+    if x is None:
+        return
+    try:
+        if x.is_cpu and x.dtype in FLOATS and x.shape == (n,):
+            return
+    except AttributeError:
+        pass
+    tensor(name, x)
+    if x.dim() != 1 or x.shape[0] != n:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, but must have shape ({n},): "
+            f"the last dimension of {of}"
+        )
+
+
+def same(name: str, x: Tensor, of: str, like: Tensor) -> None:
+    """Raises unless `x` has the shape and dtype of `like`, which is called `of` and was checked."""
+    try:
+        if x.is_cpu and x.dtype is like.dtype and x.shape == like.shape:
+            return
+    except AttributeError:
+        pass
+    tensor(name, x)
+    if x.shape != like.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, but must have that of {of}, {tuple(like.shape)}"
+        )
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name} is {x.dtype}, but must be {like.dtype}, the dtype of {of}")
+
+
+def writable(name: str, x: Tensor) -> None:
+    """Raises unless `x` can be written in place: rows contiguous, no two elements in one place."""
+    if x.numel() > 1 and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(
+            f"{name} is written in place, so its last dimension must be contiguous, "
+            f"but it has stride {x.stride(-1)}"
+        )
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        if size > 1 and stride == 0:
+            raise ValueError(
+                f"{name} is written in place, but is expanded: several of its elements share memory"
+            )

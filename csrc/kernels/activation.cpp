@@ -10,9 +10,8 @@ void gated_rows(const GatedArgs& a, int64_t begin, int64_t end, F activation) {
   for (int64_t r = begin; r < end; ++r) {
     const T* gate = row<T>(a.gate, r);
     const T* up = row<T>(a.up, r);
-    map(a.stream, row<T>(a.y, r), a.n, [&](int64_t i, auto l) {
-      return activation(load(gate + i, l)) * load(up + i, l);
-    });
+    map(a.stream, row<T>(a.y, r), a.n,
+        [&](int64_t i, auto l) { return activation(load(gate + i, l)) * load(up + i, l); });
   }
 }
 

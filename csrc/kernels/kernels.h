@@ -75,13 +75,85 @@ struct RopeArgs {
   bool stream;
 };
 
+// A packed weight [n, k]: panels of 32 output channels, the last one padded with zeros. One layout
+// per dtype, whatever the instruction set, the number of threads or of rows (kRow = 128 B):
+//   f32  [panel][k][32]          f16  [panel][k][32]
+//   bf16 [panel][k / 2][32][2], k padded to a multiple of 32: what VDPBF16PS and the tiles take
+constexpr int64_t kPanel = 32;
+constexpr int64_t kDotStep = 32;
+
+constexpr int64_t packed_k(DType weight, int64_t k) {
+  return weight == DType::bf16 ? (k + kDotStep - 1) / kDotStep * kDotStep : k;
+}
+constexpr int64_t panel_bytes(DType weight, int64_t k) {
+  return packed_k(weight, k) * kPanel * (weight == DType::f32 ? 4 : 2);
+}
+constexpr int64_t panel_count(int64_t n) { return (n + kPanel - 1) / kPanel; }
+
+// Rows of weight into panels, or (unpack) back. weight and packed have one dtype.
+struct PackArgs {
+  Matrix weight;
+  void* packed;
+  int64_t n, k;
+};
+
+// What is done to the fp32 accumulators z before the one rounding; u, v: other operands.
+enum class PostOp : int8_t {
+  none,       // z
+  relu,       // max(z, 0)
+  gelu_erf,   // z/2 (1 + erf(z/sqrt 2))
+  gelu_tanh,  // its tanh form
+  silu,       // z / (1 + e^-z)
+  mul,        // z u
+  add,        // z + u
+  add_add,    // z + u + v
+  silu_mul,   // silu(z) u
+  gate_up,    // silu(z) (x W2^T + b2): two weights in one sweep
+};
+
+// How a level wants the rows of x for a weight of some dtype: which type, and k padded to what.
+struct GemmFormat {
+  DType type;
+  int64_t k_multiple;
+  int64_t scratch_rows;  // of kPanel accumulators, for each of kPanelGroup panels and each weight
+};
+
+// Rows of x into the form of GemmFormat: converted, padded with zeros up to lda.
+struct GemmRowsArgs {
+  Matrix x;
+  void* rows;
+  DType type;
+  int64_t k, lda;
+};
+
+// out = post(x W^T + bias). The work is counted in panels of row blocks: block * panel_count(n) +
+// panel.
+struct GemmArgs {
+  const void* x;  // rows in the form of GemmFormat, lda elements apart
+  int64_t lda;
+  const void *weight, *weight2;  // packed panels
+  Vector bias, bias2;
+  Matrix out, other, other2;
+  DType weight_type;
+  PostOp post;
+  int64_t m, n, k;
+  float* scratch;  // of the calling thread
+};
+constexpr int64_t kRowBlock = 512;  // rows that share one pass over the weight
+constexpr int64_t kPanelGroup = 8;  // panels whose accumulators wait together
+
 //                          name   arguments   begin and end count
-#define LMFUSE_KERNELS(K)                                                       \
-  K(norm, NormArgs)   /* rows */                                                \
-  K(gated, GatedArgs) /* rows */                                                \
-  K(rope, RopeArgs)   /* tokens, that is b * seq_len + s */
+#define LMFUSE_KERNELS(K)                                          \
+  K(norm, NormArgs)          /* rows */                            \
+  K(gated, GatedArgs)        /* rows */                            \
+  K(rope, RopeArgs)          /* tokens, that is b * seq_len + s */ \
+  K(pack, PackArgs)          /* panels */                          \
+  K(unpack, PackArgs)        /* panels */                          \
+  K(gemm_rows, GemmRowsArgs) /* rows */                            \
+  K(gemm, GemmArgs)          /* panels of row blocks */
 
 struct Kernels {
+  GemmFormat (*gemm_format)(DType weight, int64_t m, int64_t k);
 #define LMFUSE_MEMBER(name, Args) void (*name)(const Args&, int64_t begin, int64_t end);
   LMFUSE_KERNELS(LMFUSE_MEMBER)
 #undef LMFUSE_MEMBER
@@ -90,9 +162,9 @@ struct Kernels {
 // One table per instruction set, each in its own namespace.
 #define LMFUSE_ISAS(I) I(generic) I(avx2) I(avx512) I(avx512_bf16) I(amx)
 
-#define LMFUSE_DECLARE(isa)      \
-  namespace isa {                \
-  extern const Kernels kernels;  \
+#define LMFUSE_DECLARE(isa)     \
+  namespace isa {               \
+  extern const Kernels kernels; \
   }
 LMFUSE_ISAS(LMFUSE_DECLARE)
 #undef LMFUSE_DECLARE

@@ -32,6 +32,18 @@ LMFUSE_INLINE void with_type(DType t, F f) {
   }
 }
 
+// Calls f with the constant n, 1 <= n <= N.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <int N, class F>
+LMFUSE_INLINE void with_count(int64_t n, F f) {
+  if constexpr (N > 1)
+    if (n < N) return with_count<N - 1>(n, f);
+  f(Count<N>{});
+}
+
 LMFUSE_INLINE int64_t offset(const Rows& rows, int64_t r) {
   int64_t at = 0;
   for (int d = rows.dims - 1; d > 0; --d) {

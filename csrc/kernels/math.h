@@ -25,6 +25,8 @@ LMFUSE_INLINE Vec exp(Vec x) {
   return scale2(fma(p, r * r, r) + broadcast(1.0f), n);
 }
 
+LMFUSE_INLINE Vec relu(Vec x) { return max(broadcast(0.0f), x); }
+
 LMFUSE_INLINE Vec silu(Vec x) {
   const Vec one = broadcast(1.0f);
   return x / (one + exp(broadcast(0.0f) - x));
@@ -32,8 +34,8 @@ LMFUSE_INLINE Vec silu(Vec x) {
 
 // x/2 (1 + tanh(u)) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3).
 LMFUSE_INLINE Vec gelu_tanh(Vec x) {
-  const Vec minus_2u =
-      x * fma(x * x, broadcast(-2.0f * 0.7978845608f * 0.044715f), broadcast(-2.0f * 0.7978845608f));
+  const Vec minus_2u = x * fma(x * x, broadcast(-2.0f * 0.7978845608f * 0.044715f),
+                               broadcast(-2.0f * 0.7978845608f));
   return x / (broadcast(1.0f) + exp(minus_2u));
 }
 

@@ -20,8 +20,7 @@ void norm_row(const NormArgs& a, const X* x, X* residual, X* y) {
     const Vec d = value(i, l) - shift;
     return d * d;
   });
-  const Vec scale =
-      broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + a.eps));
+  const Vec scale = broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + a.eps));
   const Vec weight_offset = broadcast(a.weight_offset), zero = broadcast(0.0f);
 
   map(a.stream, y, n, [&](int64_t i, auto l) {

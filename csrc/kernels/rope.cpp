@@ -1,4 +1,5 @@
-// Rotary position embedding. Both elements of a pair are read before either is written, so y may be x.
+// Rotary position embedding. Both elements of a pair are read before either is written, so y may be
+// x.
 #include "loops.h"
 
 namespace lmfuse::LMFUSE_ISA {
@@ -28,8 +29,7 @@ LMFUSE_INLINE void rotate_half(const T* x, T* y, const W* sin, const W* cos, int
 
 // Pairs (2j, 2j + 1).
 template <class T, class W>
-LMFUSE_INLINE void rotate_interleaved(const T* x, T* y, const W* sin, const W* cos,
-                                      int64_t half) {
+LMFUSE_INLINE void rotate_interleaved(const T* x, T* y, const W* sin, const W* cos, int64_t half) {
   const auto step = [&](int64_t j, auto l, auto low, auto high) {
     Vec even, odd, a, b;
     deinterleave(load(x + 2 * j, low), load(x + 2 * j + kLanes, high), even, odd);
@@ -49,7 +49,8 @@ LMFUSE_INLINE void rotate_interleaved(const T* x, T* y, const W* sin, const W* c
 template <class T, class W>
 void rotate_token(const RopeArgs& a, int64_t token) {
   const int64_t b = token / a.seq_len, s = token % a.seq_len;
-  const int64_t position = a.positions ? a.positions[b * a.pos_b + s * a.pos_s] + s * a.pos_step : s;
+  const int64_t position =
+      a.positions ? a.positions[b * a.pos_b + s * a.pos_s] + s * a.pos_step : s;
   const W* sin = static_cast<const W*>(a.sin) + b * a.sin_stride_b + position * a.sin_stride_s;
   const W* cos = static_cast<const W*>(a.cos) + b * a.cos_stride_b + position * a.cos_stride_s;
   const T* x = static_cast<const T*>(a.x.data) + b * a.x.stride_b + s * a.x.stride_s;

@@ -6,7 +6,8 @@
 //   Lanes          how many lanes of a step are in use: all() or the first n (a tail)
 //   load(p, l)     p is float, bf16_t or f16_t; lanes beyond l are 0
 //   store(p, v, l) rounds to nearest even
-//   load_pairs, store_pairs   even and odd elements apart, for interleaved RoPE
+//   load_pairs     2 * kLanes bf16 -> first and second of each pair
+//   interleave, deinterleave   even and odd elements together and apart
 //   sum(v)         one fixed tree, whatever the data
 #pragma once
 
@@ -18,6 +19,7 @@ namespace lmfuse::LMFUSE_ISA {
 namespace {
 
 #define LMFUSE_INLINE inline __attribute__((always_inline))
+#define LMFUSE_LAMBDA __attribute__((always_inline))
 
 struct bf16_t {
   uint16_t bits;

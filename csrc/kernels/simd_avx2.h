@@ -1,5 +1,5 @@
-// The vocabulary of simd.h on AVX2, FMA and F16C: 8 lanes. AVX2 masks 32-bit lanes only, so tails of
-// 16-bit types go through a small buffer.
+// The vocabulary of simd.h on AVX2, FMA and F16C: 8 lanes. AVX2 masks 32-bit lanes only, so tails
+// of 16-bit types go through a small buffer.
 #pragma once
 
 #include <immintrin.h>
@@ -40,9 +40,7 @@ LMFUSE_INLINE Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 LMFUSE_INLINE Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
-LMFUSE_INLINE Vec select(Mask m, Vec yes, Vec no) {
-  return {_mm256_blendv_ps(no.v, yes.v, m.v)};
-}
+LMFUSE_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
 LMFUSE_INLINE Vec keep(Vec a, Lanes l) {
   return {_mm256_and_ps(a.v, _mm256_castsi256_ps(l.mask()))};
 }
@@ -76,8 +74,7 @@ LMFUSE_INLINE Vec widen(__m128i bits, f16_t) { return {_mm256_cvtph_ps(bits)}; }
 LMFUSE_INLINE __m128i narrow(Vec a, bf16_t) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
@@ -119,9 +116,9 @@ LMFUSE_INLINE void stream(float* p, Vec a, Vec b) {
 }
 template <class T>
 LMFUSE_INLINE void stream(T* p, Vec a, Vec b) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
-                      _mm256_inserti128_si256(_mm256_castsi128_si256(narrow(a, T{})),
-                                              narrow(b, T{}), 1));
+  _mm256_stream_si256(
+      reinterpret_cast<__m256i*>(p),
+      _mm256_inserti128_si256(_mm256_castsi128_si256(narrow(a, T{})), narrow(b, T{}), 1));
 }
 LMFUSE_INLINE void stream_end() { _mm_sfence(); }
 
@@ -136,6 +133,12 @@ LMFUSE_INLINE void interleave(Vec even, Vec odd, Vec& a, Vec& b) {
   const __m256 high = _mm256_unpackhi_ps(even.v, odd.v);  // e2 o2 e3 o3 | e6 …
   a = {_mm256_permute2f128_ps(low, high, 0x20)};
   b = {_mm256_permute2f128_ps(low, high, 0x31)};
+}
+
+LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  first = {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+  second = {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536)))};
 }
 
 }  // namespace

@@ -34,9 +34,7 @@ LMFUSE_INLINE Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 LMFUSE_INLINE Mask operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
-LMFUSE_INLINE Vec select(Mask m, Vec yes, Vec no) {
-  return {_mm512_mask_blend_ps(m, no.v, yes.v)};
-}
+LMFUSE_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 LMFUSE_INLINE Vec keep(Vec a, Lanes l) { return {_mm512_maskz_mov_ps(l.mask, a.v)}; }
 
 // a * 2^n for integral n in [-252, 252]; right also where the result is subnormal.
@@ -54,12 +52,10 @@ LMFUSE_INLINE Vec widen(__m256i bits, f16_t) { return {_mm512_cvtph_ps(bits)}; }
 LMFUSE_INLINE __m256i narrow(Vec a, bf16_t) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
 LMFUSE_INLINE __m256i narrow(Vec a, f16_t) {
   return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -94,15 +90,16 @@ LMFUSE_INLINE void stream(float* p, Vec a, Vec b) {
 }
 template <class T>
 LMFUSE_INLINE void stream(T* p, Vec a, Vec b) {
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p),
-                      _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a, T{})),
-                                         narrow(b, T{}), 1));
+  _mm512_stream_si512(
+      reinterpret_cast<__m512i*>(p),
+      _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a, T{})), narrow(b, T{}), 1));
 }
 LMFUSE_INLINE void stream_end() { _mm_sfence(); }
 
 // (a, b) = 2 * kLanes consecutive values -> their even and odd elements, and back.
 LMFUSE_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
-  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i index =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   even = {_mm512_permutex2var_ps(a.v, index, b.v)};
   odd = {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(index, _mm512_set1_epi32(1)), b.v)};
 }
@@ -110,6 +107,13 @@ LMFUSE_INLINE void interleave(Vec even, Vec odd, Vec& a, Vec& b) {
   const __m512i index = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   a = {_mm512_permutex2var_ps(even.v, index, odd.v)};
   b = {_mm512_permutex2var_ps(even.v, _mm512_add_epi32(index, _mm512_set1_epi32(8)), odd.v)};
+}
+
+// 2 * kLanes bf16, taken in pairs -> the first and the second of each pair.
+LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  first = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+  second = {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-65536)))};
 }
 
 }  // namespace

@@ -107,7 +107,8 @@ LMFUSE_INLINE void narrow(bf16_t* p, float x) {
   p->bits = static_cast<uint16_t>((x == x ? rounded : bits | 0x400000u) >> 16);
 }
 LMFUSE_INLINE void narrow(f16_t* p, float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000u,
+                 rest = bits & 0x7fffffffu;
   uint32_t half;
   if (rest > 0x7f800000u) {
     half = 0x7e00u | (rest >> 13 & 0x3ffu);  // NaN
@@ -155,6 +156,11 @@ LMFUSE_INLINE void interleave(Vec even, Vec odd, Vec& a, Vec& b) {
   constexpr int64_t h = kLanes / 2;
   a = each([&](int64_t i) { return i % 2 ? odd.v[i / 2] : even.v[i / 2]; });
   b = each([&](int64_t i) { return i % 2 ? odd.v[h + i / 2] : even.v[h + i / 2]; });
+}
+
+LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
+  first = each([&](int64_t i) { return widen(p[2 * i]); });
+  second = each([&](int64_t i) { return widen(p[2 * i + 1]); });
 }
 
 }  // namespace

@@ -6,9 +6,10 @@ namespace lmfuse::LMFUSE_ISA {
 #define LMFUSE_FUNCTION(name, Args) void name(const Args&, int64_t begin, int64_t end);
 LMFUSE_KERNELS(LMFUSE_FUNCTION)
 #undef LMFUSE_FUNCTION
+GemmFormat gemm_format(DType weight, int64_t m, int64_t k);
 
 #define LMFUSE_ENTRY(name, Args) &name,
-const Kernels kernels = {LMFUSE_KERNELS(LMFUSE_ENTRY)};
+const Kernels kernels = {&gemm_format, LMFUSE_KERNELS(LMFUSE_ENTRY)};
 #undef LMFUSE_ENTRY
 
 }  // namespace lmfuse::LMFUSE_ISA

@@ -1,5 +1,5 @@
-// What every op needs between torch and a kernel: checks, views of tensors as rows, outputs, threads.
-// libtorch's stable ABI only (2.10), so that one binary serves every torch from there on.
+// What every op needs between torch and a kernel: checks, views of tensors as rows, outputs,
+// threads. libtorch's stable ABI only (2.10), so that one binary serves every torch from there on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,7 +19,8 @@ using torch::stable::Tensor;
 // The last net below the checks in Python, which name the argument. What only the data can tell (a
 // position outside of a table) is found here; "[value]" makes functional/ raise it as a ValueError.
 #define LMFUSE_CHECK(condition, ...) STD_TORCH_CHECK(condition, "lmfuse: ", __VA_ARGS__)
-#define LMFUSE_CHECK_VALUE(condition, ...) STD_TORCH_CHECK(condition, "lmfuse: [value]", __VA_ARGS__)
+#define LMFUSE_CHECK_VALUE(condition, ...) \
+  STD_TORCH_CHECK(condition, "lmfuse: [value]", __VA_ARGS__)
 
 inline bool is_float(const Tensor& t) {
   const ScalarType s = t.scalar_type();

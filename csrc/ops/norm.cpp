@@ -18,7 +18,8 @@ Tensor norm(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weig
     LMFUSE_CHECK(residual->is_cpu() && same_sizes(*residual, x) &&
                      residual->scalar_type() == x.scalar_type(),
                  "residual must have the shape and dtype of x");
-    a.residual = add_back ? as_rows_in_place(*residual, "residual") : as_rows(*residual, "residual");
+    a.residual =
+        add_back ? as_rows_in_place(*residual, "residual") : as_rows(*residual, "residual");
   }
   if (weight) a.weight = as_vector(*weight, n, "weight");
   if (bias) {

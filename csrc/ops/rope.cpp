@@ -14,8 +14,7 @@ Heads heads_of(const Tensor& x, bool heads_first, const char* name) {
   LMFUSE_CHECK(x.size(3) <= 1 || x.stride(3) == 1, name,
                " must be contiguous in its last dimension");
   const int s = heads_first ? 2 : 1, h = 3 - s;
-  return {x.size(0),   x.size(s),   x.size(h),  x.size(3),
-          x.stride(0), x.stride(s), x.stride(h)};
+  return {x.size(0), x.size(s), x.size(h), x.size(3), x.stride(0), x.stride(s), x.stride(h)};
 }
 
 RopeArgs::Heads operand(const Heads& g, void* data) {
@@ -30,8 +29,8 @@ Tensor empty_heads(const Tensor& x, const Heads& g, bool heads_first) {
   int32_t type;
   aoti_torch_get_dtype(x.get(), &type);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, type,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -49,10 +48,10 @@ struct Table {
                      (dim == 2 || dim == 3),
                  "sin and cos must be CPU tensors of one shape and dtype, [rows, width] or "
                  "[batch, seq, width]");
-    LMFUSE_CHECK(rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= g.dim &&
-                     2 * width >= rotary_dim,
-                 "rotary_dim ", rotary_dim, " must be even, at most head_dim ", g.dim,
-                 " and at most twice the width ", width, " of sin and cos");
+    LMFUSE_CHECK(
+        rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= g.dim && 2 * width >= rotary_dim,
+        "rotary_dim ", rotary_dim, " must be even, at most head_dim ", g.dim,
+        " and at most twice the width ", width, " of sin and cos");
     if (sin.stride(dim - 1) != 1 && width > 1) sin = torch::stable::contiguous(sin);
     if (cos.stride(dim - 1) != 1 && width > 1) cos = torch::stable::contiguous(cos);
     a.sin = sin.const_data_ptr();
@@ -90,8 +89,8 @@ struct Table {
     a.positions = static_cast<const int64_t*>(p.const_data_ptr());
     if (p.numel() == 1) {
       const int64_t first = a.positions[0];
-      LMFUSE_CHECK_VALUE(first >= 0 && first <= rows - g.seq, "position_ids start at ", first,
-                         ": ", g.seq, " tokens from there do not fit into the ", rows,
+      LMFUSE_CHECK_VALUE(first >= 0 && first <= rows - g.seq, "position_ids start at ", first, ": ",
+                         g.seq, " tokens from there do not fit into the ", rows,
                          " rows of sin and cos");
       a.pos_step = 1;
       return;
@@ -154,14 +153,13 @@ std::tuple<Tensor, Tensor, Tensor> rope_qkv(Tensor qkv, Tensor sin, Tensor cos,
   LMFUSE_CHECK(qkv.is_cpu() && qkv.dim() == 3 && (qkv.size(2) <= 1 || qkv.stride(2) == 1),
                "x must be a CPU tensor [batch, seq, features], contiguous in its last dimension");
   const int64_t features = qkv.size(2), rest = features - num_heads * head_dim;
-  LMFUSE_CHECK(num_heads > 0 && head_dim > 0 && rest > 0 && rest % (2 * head_dim) == 0,
-               "x has ", features, " features, which ", num_heads, " query heads of ", head_dim,
+  LMFUSE_CHECK(num_heads > 0 && head_dim > 0 && rest > 0 && rest % (2 * head_dim) == 0, "x has ",
+               features, " features, which ", num_heads, " query heads of ", head_dim,
                " do not leave an equal number of key and value heads of");
   const int64_t kv_heads = rest / (2 * head_dim);
   const size_t size = qkv.scalar_type() == ScalarType::Float ? 4 : 2;
   const DType type = dtype(qkv, "x");
-  Heads g{qkv.size(0),   qkv.size(1),   num_heads, head_dim,
-          qkv.stride(0), qkv.stride(1), head_dim};
+  Heads g{qkv.size(0), qkv.size(1), num_heads, head_dim, qkv.stride(0), qkv.stride(1), head_dim};
   const RopeArgs table = Table{sin, cos, positions, rotary_dim, half}.args(g);
 
   const char* from = static_cast<const char*>(qkv.const_data_ptr());

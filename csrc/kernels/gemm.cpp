@@ -1,0 +1,229 @@
+// out = post(x W^T + bias): how rows, panels and k are walked, and what is done to the
+// accumulators. The arithmetic itself stands in gemm_tile.h.
+//
+// Few rows: each panel is read once, straight through, at the speed of memory. Many rows: in blocks
+// of k that fit the first-level cache, with the accumulators of a group of panels waiting in the
+// second.
+#include "gemm_tile.h"
+#include "math.h"
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+// What the last step of a row may need besides its accumulators.
+template <class T>
+struct Operands {
+  const T *u, *v;             // rows of the other operands
+  const float *up, *up_bias;  // the accumulators of the second weight
+};
+
+void widen_bias(const Vector& bias, int64_t n0, int64_t count, float* to) {
+  if (!bias.data) return;
+  with_type(bias.dtype, [&](auto b) {
+    const auto* from = static_cast<const decltype(b)*>(bias.data) + n0;
+    map(to, count, [&](int64_t i, auto l) { return load(from + i, l); });
+  });
+}
+
+// out = f(acc + bias), rounded once.
+template <class T, class F>
+void finish_rows(const GemmArgs& a, const TileRows& rows, const float* acc, const float* acc_up,
+                 int64_t row0, int64_t panel, F f) {
+  const int64_t n0 = panel * kPanel, count = a.n - n0 < kPanel ? a.n - n0 : kPanel;
+  float bias[kPanel] = {}, up_bias[kPanel] = {};
+  widen_bias(a.bias, n0, count, bias);
+  widen_bias(a.bias2, n0, count, up_bias);
+  for (int64_t t = 0; t < rows.count; ++t) {
+    const int64_t r = row0 + t, acc_row = t < rows.split ? t : t + rows.gap;
+    const float* z = acc + acc_row * kPanel;
+    const Operands<T> o{a.other.data ? row<T>(a.other, r) + n0 : nullptr,
+                        a.other2.data ? row<T>(a.other2, r) + n0 : nullptr,
+                        acc_up + acc_row * kPanel, up_bias};
+    map(row<T>(a.out, r) + n0, count,
+        [&](int64_t i, auto l) { return f(load(z + i, l) + load(bias + i, l), o, i, l); });
+  }
+}
+
+void finish(const GemmArgs& a, const TileRows& rows, const float* acc, const float* acc_up,
+            int64_t row0, int64_t panel) {
+  with_type(a.out.dtype, [&](auto t) {
+    using T = decltype(t);
+    using O = const Operands<T>&;
+    const auto with = [&](auto f) { finish_rows<T>(a, rows, acc, acc_up, row0, panel, f); };
+    switch (a.post) {
+      case PostOp::none:
+        return with([](Vec z, O, int64_t, auto) { return z; });
+      case PostOp::relu:
+        return with([](Vec z, O, int64_t, auto) { return relu(z); });
+      case PostOp::gelu_erf:
+        return with([](Vec z, O, int64_t, auto) { return gelu_erf(z); });
+      case PostOp::gelu_tanh:
+        return with([](Vec z, O, int64_t, auto) { return gelu_tanh(z); });
+      case PostOp::silu:
+        return with([](Vec z, O, int64_t, auto) { return silu(z); });
+      case PostOp::mul:
+        return with([](Vec z, O o, int64_t i, auto l) { return z * load(o.u + i, l); });
+      case PostOp::add:
+        return with([](Vec z, O o, int64_t i, auto l) { return z + load(o.u + i, l); });
+      case PostOp::add_add:
+        return with(
+            [](Vec z, O o, int64_t i, auto l) { return z + load(o.u + i, l) + load(o.v + i, l); });
+      case PostOp::silu_mul:
+        return with([](Vec z, O o, int64_t i, auto l) { return silu(z) * load(o.u + i, l); });
+      case PostOp::gate_up:
+        return with([](Vec z, O o, int64_t i, auto l) {
+          return silu(z) * (load(o.up + i, l) + load(o.up_bias + i, l));
+        });
+    }
+  });
+}
+
+// The rows of one block, cut into tiles of equal height; the last overlaps the one before.
+struct RowTiles {
+  int64_t row0, rows, count, height;
+
+  RowTiles(int64_t first, int64_t n, int64_t tile_rows)
+      : row0(first),
+        rows(n),
+        count((n + tile_rows - 1) / tile_rows),
+        height((n + count - 1) / count) {}
+  int64_t first(int64_t tile) const {
+    const int64_t at = tile * height;
+    return row0 + (at + height > rows ? rows - height : at);
+  }
+};
+
+// One or two weights, read panel by panel in turn.
+struct Weights {
+  const char* data[2];
+  int64_t count, panel;  // how many; bytes of a panel
+
+  explicit Weights(const GemmArgs& a)
+      : data{static_cast<const char*>(a.weight), static_cast<const char*>(a.weight2)},
+        count(a.weight2 ? 2 : 1),
+        panel(panel_bytes(a.weight_type, a.k)) {}
+  const char* at(int64_t weight, int64_t p) const { return data[weight] + p * panel; }
+  const char* after(int64_t weight, int64_t p) const {
+    return weight + 1 < count ? at(weight + 1, p) : at(0, p + 1);
+  }
+};
+
+// Each tile runs over the whole of k.
+template <class Tile>
+void straight(const GemmArgs& a, const RowTiles& rows, int64_t first, int64_t last) {
+  const Weights weights(a);
+  const auto* x = static_cast<const typename Tile::Input*>(a.x);
+  const int64_t k = packed_k(a.weight_type, a.k);
+  Tile tile(rows.height);
+  alignas(64) float acc[2][Tile::kRows * kPanel];
+  for (int64_t p = first; p < last; ++p)
+    for (int64_t t = 0; t < rows.count; ++t) {
+      const int64_t r = rows.first(t);
+      for (int64_t w = 0; w < weights.count; ++w) {
+        const char *b = weights.at(w, p), *next = weights.after(w, p);
+        const Ahead ahead = rows.count == 1 ? Ahead::within(b, weights.panel, next)
+                                            : Ahead::of_next(next, weights.panel, t, rows.count);
+        tile.run(x + r * a.lda, a.lda, b, k, acc[w], false, ahead);
+      }
+      finish(a, tile.rows(), acc[0], acc[1], r, p);
+    }
+}
+
+// In blocks of k: a panel's block stays in the first-level cache for all tiles.
+template <class Tile>
+void blocked(const GemmArgs& a, const RowTiles& rows, int64_t first, int64_t last) {
+  const Weights weights(a);
+  const auto* x = static_cast<const typename Tile::Input*>(a.x);
+  const int64_t k = packed_k(a.weight_type, a.k), k_bytes = weights.panel / k;
+  const int64_t acc_tile = Tile::kRows * kPanel,
+                acc_weight = acc_tile * rows.count * (last - first);
+  Tile tile(rows.height);
+  for (int64_t k0 = 0; k0 < k; k0 += Tile::kBlockK) {
+    const int64_t block = k - k0 < Tile::kBlockK ? k - k0 : Tile::kBlockK;
+    for (int64_t p = first; p < last; ++p)
+      for (int64_t w = 0; w < weights.count; ++w) {
+        const char* b = weights.at(w, p) + k0 * k_bytes;
+        const bool more = p + 1 < last || w + 1 < weights.count;
+        const char* next = more ? weights.after(w, p) + k0 * k_bytes
+                                : weights.at(0, first) + (k0 + block) * k_bytes;
+        for (int64_t t = 0; t < rows.count; ++t) {
+          const int64_t r = rows.first(t);
+          float* acc = a.scratch + ((p - first) * rows.count + t) * acc_tile;
+          tile.run(x + r * a.lda + k0, a.lda, b, block, acc + w * acc_weight, k0 > 0,
+                   Ahead::of_next(next, block * k_bytes, t, rows.count));
+          if (k0 + block == k && w + 1 == weights.count)
+            finish(a, tile.rows(), acc, acc + acc_weight, r, p);
+        }
+      }
+  }
+}
+
+template <class Tile>
+void gemm_with(const GemmArgs& a, int64_t begin, int64_t end) {
+  const int64_t panels = panel_count(a.n);
+  while (begin < end) {
+    const int64_t row0 = begin / panels * kRowBlock, first = begin % panels;
+    const int64_t left = a.m - row0, rest = panels - first;
+    const RowTiles rows(row0, left < kRowBlock ? left : kRowBlock, Tile::kRows);
+    int64_t count = end - begin < rest ? end - begin : rest;
+    bool done = false;
+    if constexpr (Tile::kBlockK < kWhole)
+      if (rows.count > 1 && a.k > Tile::kBlockK) {
+        if (count > kPanelGroup) count = kPanelGroup;
+        blocked<Tile>(a, rows, first, first + count);
+        done = true;
+      }
+    if (!done) straight<Tile>(a, rows, first, first + count);
+    begin += count;
+  }
+}
+
+#if defined(LMFUSE_TILES)
+using Bf16Tile = AmxTile;
+#elif defined(__AVX512BF16__)
+using Bf16Tile = DotTile;
+#else
+using Bf16Tile = FmaTile<bf16_t>;
+#endif
+
+template <class Tile>
+GemmFormat format(int64_t m, int64_t k, int64_t k_multiple) {
+  const int64_t block = m < kRowBlock ? m : kRowBlock;
+  const int64_t tiles = (block + Tile::kRows - 1) / Tile::kRows;
+  return {sizeof(typename Tile::Input) == 4 ? DType::f32 : DType::bf16, k_multiple,
+          tiles > 1 && k > Tile::kBlockK ? tiles * Tile::kRows : 0};
+}
+
+}  // namespace
+
+GemmFormat gemm_format(DType weight, int64_t m, int64_t k) {
+  return weight == DType::bf16 ? format<Bf16Tile>(m, k, kDotStep) : format<FmaTile<float>>(m, k, 1);
+}
+
+void gemm_rows(const GemmRowsArgs& a, int64_t begin, int64_t end) {
+  with_type(a.x.dtype, [&](auto from) {
+    with_type(a.type, [&](auto to) {
+      using From = decltype(from);
+      using To = decltype(to);
+      for (int64_t r = begin; r < end; ++r) {
+        const From* x = row<From>(a.x, r);
+        To* y = static_cast<To*>(a.rows) + r * a.lda;
+        map(y, a.k, [&](int64_t i, auto l) { return load(x + i, l); });
+        for (int64_t i = a.k; i < a.lda; ++i) y[i] = To{};
+      }
+    });
+  });
+}
+
+void gemm(const GemmArgs& a, int64_t begin, int64_t end) {
+  switch (a.weight_type) {
+    case DType::f32:
+      return gemm_with<FmaTile<float>>(a, begin, end);
+    case DType::bf16:
+      return gemm_with<Bf16Tile>(a, begin, end);
+    case DType::f16:
+      return gemm_with<FmaTile<f16_t>>(a, begin, end);
+  }
+}
+
+}  // namespace lmfuse::LMFUSE_ISA

@@ -1,0 +1,254 @@
+// Micro-kernels of the linear layers: an accumulator tile of some rows by one panel of 32 channels.
+// Declared micro-kernel: this file may name instructions.
+//
+// Each output is one chain over ascending k (inside of AMX, in steps of 32), so that its bits
+// depend neither on the number of rows nor on where rows, panels and threads are cut. So a level
+// has one kernel per dtype, for one row as for many.
+//
+//   Tile::Input       the type of a row of x
+//   Tile::kRows       rows of the largest tile
+//   Tile::kBlockK     k that one run covers when several tiles share a panel
+//   Tile(rows)        a kernel for tiles of so many rows
+//   run(x, lda, b, k, acc, resume, ahead)   acc[rows][32] = (resume ? acc : 0) + x[rows][k]
+//   b[k][32] rows()            which row of acc holds which row of x
+#pragma once
+
+#include "loops.h"
+#include "tiles.h"
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+constexpr int64_t kVecs = kPanel / kLanes;
+// Row r of x lies in row r of acc, from split on in r + gap.
+struct TileRows {
+  int64_t count, split, gap;
+};
+
+constexpr int64_t kWhole = int64_t{1} << 40;
+
+// A walk over what will be read next, strictly one line after the other, whatever the order of the
+// loads. Where one tile reads a panel: the panel itself, 8 KB ahead (any other distance measured 2
+// to 20 % slower), and at its end the panel after it. Where several tiles share it: the next panel.
+class Ahead {
+ public:
+  static constexpr int64_t kDistance = 8192, kStep = 128;
+
+  static LMFUSE_INLINE Ahead within(const char* panel, int64_t bytes, const char* next) {
+    return bytes > kDistance ? Ahead{panel + kDistance, next, 0, (bytes - kDistance) / kStep}
+                             : Ahead{next, next, 0, kWhole};
+  }
+  // The share of one of count tiles, each of which reads the present panel once.
+  static LMFUSE_INLINE Ahead of_next(const char* next, int64_t bytes, int64_t tile, int64_t count) {
+    return {next + tile * bytes / count, next, (count + 1) / 2, 0};
+  }
+
+  // Once for each 128 bytes that are read.
+  LMFUSE_INLINE void step() {
+    if (every_ == 0) {
+      __builtin_prefetch(at_, 0, 3);
+      __builtin_prefetch(at_ + 64, 0, 3);
+      at_ += kStep;
+      if (--wait_ == 0) at_ = next_;
+    } else if (--wait_ < 0) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+      wait_ = every_ - 1;
+    }
+  }
+
+ private:
+  LMFUSE_INLINE Ahead(const char* at, const char* next, int64_t every, int64_t wait)
+      : at_(at), next_(next), every_(every), wait_(wait) {}
+
+  const char *at_, *next_;
+  int64_t every_;  // a line in so many steps; 0: two in each, which keeps pace
+  int64_t wait_;
+};
+
+// fp32 accumulation by fma, on every level: fp32 and fp16 weights, and bf16 where no instruction
+// multiplies it (its widening to fp32 is exact).
+template <class T>
+struct FmaTile {
+  using Input = float;
+  static constexpr int kRows = kLanes == 16 ? 12 : 3;  // 24 (12) accumulators of 32 (16) registers
+  static constexpr int64_t kBlockK = kWhole;
+
+  explicit FmaTile(int64_t rows) : rows_(rows) {}
+
+  LMFUSE_INLINE void run(const float* x, int64_t lda, const char* b, int64_t k, float* acc, bool,
+                         Ahead ahead) {
+    with_count<kRows>(rows_, [&](auto r) {
+      run_rows<decltype(r)::value>(x, lda, reinterpret_cast<const T*>(b), k, acc, ahead);
+    });
+  }
+  TileRows rows() const { return {rows_, rows_, 0}; }
+
+ private:
+  int64_t rows_;
+
+  template <int R>
+  static void run_rows(const float* x, int64_t lda, const T* b, int64_t k, float* acc,
+                       Ahead ahead) {
+    Vec sum[R][kVecs], row[kVecs];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = broadcast(0.0f);
+
+    const auto multiply = [&](const Vec(&w)[kVecs], int64_t i) LMFUSE_LAMBDA {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec xr = broadcast(x[r * lda + i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(xr, w[v], sum[r][v]);
+      }
+    };
+    if constexpr (__is_same(T, bf16_t)) {
+      Vec second[kVecs];
+      for (int64_t i = 0; i < k; i += 2, b += 2 * kPanel) {
+        ahead.step();
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) load_pairs(b + 2 * v * kLanes, row[v], second[v]);
+        multiply(row, i);
+        multiply(second, i + 1);
+      }
+    } else {
+      for (int64_t i = 0; i < k; ++i, b += kPanel) {
+        if (sizeof(T) == 4 || i % 2 == 0) ahead.step();
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) row[v] = load(b + v * kLanes);
+        multiply(row, i);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) store(acc + r * kPanel + v * kLanes, sum[r][v]);
+  }
+};
+
+#if defined(__AVX512BF16__) && !defined(LMFUSE_TILES)
+
+// Pairs of bf16 by VDPBF16PS.
+struct DotTile {
+  using Input = bf16_t;
+  static constexpr int kRows = 12;
+  static constexpr int64_t kBlockK = kWhole;
+
+  explicit DotTile(int64_t rows) : rows_(rows) {}
+
+  LMFUSE_INLINE void run(const bf16_t* x, int64_t lda, const char* b, int64_t k, float* acc, bool,
+                         Ahead ahead) {
+    with_count<kRows>(rows_,
+                      [&](auto r) { run_rows<decltype(r)::value>(x, lda, b, k, acc, ahead); });
+  }
+  TileRows rows() const { return {rows_, rows_, 0}; }
+
+ private:
+  int64_t rows_;
+
+  template <int R>
+  static void run_rows(const bf16_t* x, int64_t lda, const char* b, int64_t k, float* acc,
+                       Ahead ahead) {
+    __m512 sum[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < k; i += 2, b += 128) {
+      ahead.step();
+      const __m512bh b0 = bit_cast<__m512bh>(_mm512_loadu_si512(b));
+      const __m512bh b1 = bit_cast<__m512bh>(_mm512_loadu_si512(b + 64));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        int pair;
+        __builtin_memcpy(&pair, x + r * lda + i, sizeof(pair));
+        const __m512bh xr = bit_cast<__m512bh>(_mm512_set1_epi32(pair));
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], xr, b0);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], xr, b1);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      _mm512_storeu_ps(acc + r * kPanel, sum[r][0]);
+      _mm512_storeu_ps(acc + r * kPanel + 16, sum[r][1]);
+    }
+  }
+};
+
+#endif
+
+#if defined(LMFUSE_TILES)
+
+// Pairs of bf16 by AMX: two tiles of up to 16 rows (the second may overlap the first) by two of 16
+// channels. A block of 512 k is 32 KB of the panel, which then stays in the first-level cache while
+// the rows of x stream past it from the second.
+struct AmxTile {
+  using Input = bf16_t;
+  static constexpr int kRows = 2 * kTileRows;
+  static constexpr int64_t kBlockK = 512;
+
+  explicit AmxTile(int64_t rows)
+      : rows_(rows), half_(rows <= kTileRows ? rows : (rows + 1) / 2), tiles_(half_) {}
+
+  LMFUSE_INLINE void run(const bf16_t* x, int64_t lda, const char* b, int64_t k, float* acc,
+                         bool resume, Ahead ahead) {
+    if (rows_ <= kTileRows) {
+      run_tiles<false>(x, lda, b, k, acc, resume, ahead);
+    } else {
+      run_tiles<true>(x, lda, b, k, acc, resume, ahead);
+    }
+  }
+  TileRows rows() const { return {rows_, half_, rows_ <= kTileRows ? 0 : 2 * half_ - rows_}; }
+
+ private:
+  int64_t rows_, half_;
+  Tiles tiles_;
+
+  template <bool kTwo>
+  LMFUSE_INLINE void run_tiles(const bf16_t* x, int64_t lda, const char* b, int64_t k, float* acc,
+                               bool resume, Ahead ahead) {
+    constexpr int64_t kRow = kPanel * sizeof(float);
+    const int64_t x_row = lda * static_cast<int64_t>(sizeof(bf16_t));
+    const bf16_t* x2 = x + (rows_ - half_) * lda;
+    float* acc2 = acc + half_ * kPanel;
+    if (resume) {
+      tiles_.load<0>(acc, kRow);
+      tiles_.load<1>(acc + 16, kRow);
+      if constexpr (kTwo) {
+        tiles_.load<2>(acc2, kRow);
+        tiles_.load<3>(acc2 + 16, kRow);
+      }
+    } else {
+      tiles_.zero<0>();
+      tiles_.zero<1>();
+      if constexpr (kTwo) {
+        tiles_.zero<2>();
+        tiles_.zero<3>();
+      }
+    }
+    for (int64_t i = 0; i < k; i += kDotStep, b += 16 * kRow) {
+      tiles_.load<4>(x + i, x_row);
+      tiles_.load<6>(b, kRow);
+      for (int s = 0; s < 16; ++s) ahead.step();
+      tiles_.load<7>(b + 64, kRow);
+      tiles_.dot_bf16<0, 4, 6>();
+      if constexpr (kTwo) tiles_.load<5>(x2 + i, x_row);
+      tiles_.dot_bf16<1, 4, 7>();
+      if constexpr (kTwo) {
+        tiles_.dot_bf16<2, 5, 6>();
+        tiles_.dot_bf16<3, 5, 7>();
+      }
+    }
+    tiles_.store<0>(acc, kRow);
+    tiles_.store<1>(acc + 16, kRow);
+    if constexpr (kTwo) {
+      tiles_.store<2>(acc2, kRow);
+      tiles_.store<3>(acc2 + 16, kRow);
+    }
+  }
+};
+
+#endif
+
+}  // namespace
+}  // namespace lmfuse::LMFUSE_ISA

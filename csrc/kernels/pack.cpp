@@ -1,0 +1,95 @@
+// Weights into panels of 32 output channels and back (the layout stands in kernels.h). A panel is
+// words transposed: one fp32, one fp16, or a pair of bf16 along k. Sources may lie at any address:
+// safetensors maps tensors at multiples of 8 bytes.
+#include "loops.h"
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+// What one word holds: elements along k.
+struct Layout {
+  int64_t element, word;  // bytes
+  int64_t k_bytes, k_words;
+
+  Layout(DType type, int64_t k)
+      : element(type == DType::f32 ? 4 : 2),
+        word(type == DType::f16 ? 2 : 4),
+        k_bytes(k * element),
+        k_words(packed_k(type, k) * element / word) {}
+};
+
+LMFUSE_INLINE char* channel(const PackArgs& a, const Layout& l, int64_t n) {
+  return static_cast<char*>(a.weight.data) + offset(a.weight.rows, n) * l.element;
+}
+
+// In blocks of one line (64 bytes) of each of the 32 channels: each source line is read once, and
+// the scattered side of the transposition stays in the first-level cache.
+constexpr int64_t kLine = 64;
+
+template <class Word>
+void pack_panel(const PackArgs& a, const Layout& l, int64_t panel) {
+  constexpr int64_t kWords = kLine / sizeof(Word);
+  Word* to = static_cast<Word*>(a.packed) + panel * kPanel * l.k_words;
+  const int64_t channels = a.n - panel * kPanel < kPanel ? a.n - panel * kPanel : kPanel;
+  const char* from[kPanel];
+  for (int64_t c = 0; c < channels; ++c) from[c] = channel(a, l, panel * kPanel + c);
+  Word block[kPanel][kWords] = {};
+  for (int64_t w0 = 0; w0 < l.k_words; w0 += kWords) {
+    const int64_t words = l.k_words - w0 < kWords ? l.k_words - w0 : kWords;
+    const int64_t at = w0 * static_cast<int64_t>(sizeof(Word));
+    const int64_t size = l.k_bytes - at < kLine ? l.k_bytes - at : kLine;
+    for (int64_t c = 0; c < channels; ++c) {
+      if (size == kLine) {
+        __builtin_memcpy(block[c], from[c] + at, kLine);
+      } else {
+        __builtin_memset(block[c], 0, kLine);
+        if (size > 0) __builtin_memcpy(block[c], from[c] + at, size);
+      }
+    }
+    for (int64_t w = 0; w < words; ++w)
+      for (int64_t c = 0; c < kPanel; ++c) to[(w0 + w) * kPanel + c] = block[c][w];
+  }
+}
+
+template <class Word>
+void unpack_panel(const PackArgs& a, const Layout& l, int64_t panel) {
+  constexpr int64_t kWords = kLine / sizeof(Word);
+  const Word* from = static_cast<const Word*>(a.packed) + panel * kPanel * l.k_words;
+  const int64_t channels = a.n - panel * kPanel < kPanel ? a.n - panel * kPanel : kPanel;
+  Word block[kPanel][kWords];
+  for (int64_t w0 = 0; w0 < l.k_words; w0 += kWords) {
+    const int64_t words = l.k_words - w0 < kWords ? l.k_words - w0 : kWords;
+    const int64_t at = w0 * static_cast<int64_t>(sizeof(Word));
+    const int64_t size = l.k_bytes - at < kLine ? l.k_bytes - at : kLine;
+    for (int64_t w = 0; w < words; ++w)
+      for (int64_t c = 0; c < kPanel; ++c) block[c][w] = from[(w0 + w) * kPanel + c];
+    for (int64_t c = 0; c < channels && size > 0; ++c)
+      __builtin_memcpy(channel(a, l, panel * kPanel + c) + at, block[c], size);
+  }
+}
+
+}  // namespace
+
+void pack(const PackArgs& a, int64_t begin, int64_t end) {
+  const Layout l(a.weight.dtype, a.k);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    if (l.word == 4) {
+      pack_panel<uint32_t>(a, l, panel);
+    } else {
+      pack_panel<uint16_t>(a, l, panel);
+    }
+  }
+}
+
+void unpack(const PackArgs& a, int64_t begin, int64_t end) {
+  const Layout l(a.weight.dtype, a.k);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    if (l.word == 4) {
+      unpack_panel<uint32_t>(a, l, panel);
+    } else {
+      unpack_panel<uint16_t>(a, l, panel);
+    }
+  }
+}
+
+}  // namespace lmfuse::LMFUSE_ISA

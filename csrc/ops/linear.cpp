@@ -1,0 +1,257 @@
+// Linear layers over packed weights. A packed weight is a tensor of bytes: a header, which says
+// what follows and is checked against the length at every use, and the panels (kernels.h).
+#include <cstring>
+
+#include "common.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace lmfuse {
+namespace {
+
+struct Header {
+  static constexpr char kMagic[8] = {'l', 'm', 'f', 'u', 's', 'e', 'W', '1'};  // W, layout 1
+  char magic[8];
+  int64_t n, k;
+  int32_t dtype;
+  char rest[36];  // zero
+};
+static_assert(sizeof(Header) == 64);
+
+struct Packed {
+  const char* panels;
+  DType dtype;
+  int64_t n, k;
+};
+
+int64_t packed_bytes(DType type, int64_t n, int64_t k) {
+  return static_cast<int64_t>(sizeof(Header)) + panel_count(n) * panel_bytes(type, k);
+}
+
+// The only way to the bytes of a packed weight: nothing that its length does not bear out.
+Packed open(const Tensor& t, const char* name) {
+  LMFUSE_CHECK(
+      t.is_cpu() && t.dim() == 1 && t.scalar_type() == ScalarType::Byte && t.is_contiguous(), name,
+      " must be a packed weight: a contiguous CPU tensor of bytes");
+  LMFUSE_CHECK_VALUE(t.numel() >= static_cast<int64_t>(sizeof(Header)), name,
+                     " is not a weight that lmfuse packed: it has ", t.numel(), " bytes");
+  Header h;
+  std::memcpy(&h, t.const_data_ptr(), sizeof(h));
+  LMFUSE_CHECK_VALUE(std::memcmp(h.magic, Header::kMagic, sizeof(h.magic)) == 0, name,
+                     " is not a weight that this version of lmfuse packed: its header is unknown");
+  constexpr int64_t kMost = int64_t{1} << 31;
+  LMFUSE_CHECK_VALUE(h.dtype >= 0 && h.dtype <= static_cast<int32_t>(DType::f16) && h.n > 0 &&
+                         h.k > 0 && h.n < kMost && h.k < kMost,
+                     name, " has a damaged header: ", h.n, " by ", h.k, ", dtype ", h.dtype);
+  const DType type = static_cast<DType>(h.dtype);
+  LMFUSE_CHECK_VALUE(t.numel() == packed_bytes(type, h.n, h.k), name, " has ", t.numel(),
+                     " bytes, but its header (", h.n, " by ", h.k, ") asks for ",
+                     packed_bytes(type, h.n, h.k));
+  return {static_cast<const char*>(t.const_data_ptr()) + sizeof(Header), type, h.n, h.k};
+}
+
+// 2 MB pages: 1 to 5 % of a large product's time is spent on translating addresses otherwise.
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t size) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + size) & ~(kHuge - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType type) {
+  return torch::stable::empty({sizes, static_cast<size_t>(dim)}, type);
+}
+
+Tensor linear_pack(Tensor weight) {
+  LMFUSE_CHECK(weight.is_cpu() && weight.dim() == 2, "weight must be a CPU tensor [n, k]");
+  const int64_t n = weight.size(0), k = weight.size(1);
+  LMFUSE_CHECK_VALUE(n > 0 && k > 0, "weight must not be empty, but is ", n, " by ", k);
+  PackArgs a{};
+  a.weight = as_rows(weight, "weight");
+  a.n = n;
+  a.k = k;
+  const int64_t size = packed_bytes(a.weight.dtype, n, k);
+  Tensor packed = new_tensor(&size, 1, ScalarType::Byte);
+  char* data = static_cast<char*>(packed.mutable_data_ptr());
+  advise_huge_pages(data, size);
+  Header h{};
+  std::memcpy(h.magic, Header::kMagic, sizeof(h.magic));
+  h.n = n;
+  h.k = k;
+  h.dtype = static_cast<int32_t>(a.weight.dtype);
+  std::memcpy(data, &h, sizeof(h));
+  a.packed = data + sizeof(h);
+  const auto kernel = kernels().pack;
+  parallel(panel_count(n), kPanel * k, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return packed;
+}
+
+ScalarType scalar_type(DType type) {
+  return type == DType::f32    ? ScalarType::Float
+         : type == DType::bf16 ? ScalarType::BFloat16
+                               : ScalarType::Half;
+}
+
+Tensor linear_unpack(Tensor packed, int64_t out_features, int64_t in_features) {
+  const Packed p = open(packed, "packed");
+  LMFUSE_CHECK_VALUE(p.n == out_features && p.k == in_features, "packed is ", p.n, " by ", p.k,
+                     ", but ", out_features, " by ", in_features, " was asked for");
+  const int64_t sizes[2] = {p.n, p.k};
+  Tensor weight = new_tensor(sizes, 2, scalar_type(p.dtype));
+  PackArgs a{};
+  a.weight = as_rows(weight, "weight");
+  a.packed = const_cast<char*>(p.panels);
+  a.n = p.n;
+  a.k = p.k;
+  const auto kernel = kernels().unpack;
+  parallel(panel_count(p.n), kPanel * p.k,
+           [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return weight;
+}
+
+// Rows of x as the kernel takes them: x itself where its type, padding and strides allow.
+struct Rows2d {
+  const void* data;
+  int64_t lda;
+  Tensor copy;
+};
+
+Rows2d rows_of(Tensor& x, const GemmFormat& format, int64_t m, int64_t k) {
+  const Matrix from = as_rows(x, "x");
+  const bool flat = from.rows.dims <= 1;
+  if (from.dtype == format.type && k % format.k_multiple == 0 && flat)
+    return {from.data, from.rows.dims ? from.rows.stride[0] : k, {}};
+  const int64_t padded = (k + format.k_multiple - 1) / format.k_multiple * format.k_multiple;
+  // A row of a power of two would put the rows of a tile into one set of the first-level cache.
+  const int64_t lda = m > 1 ? padded + 32 : padded;
+  const int64_t sizes[2] = {m, lda};
+  GemmRowsArgs a{};
+  a.x = from;
+  Tensor copy = new_tensor(sizes, 2, scalar_type(format.type));
+  a.rows = copy.mutable_data_ptr();
+  a.type = format.type;
+  a.k = k;
+  a.lda = lda;
+  const auto kernel = kernels().gemm_rows;
+  parallel(m, k, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return {a.rows, lda, copy};
+}
+
+Matrix operand(std::optional<Tensor>& t, const Tensor& out, const char* name) {
+  if (!t) return {};
+  LMFUSE_CHECK(t->is_cpu() && same_sizes(*t, out) && t->scalar_type() == out.scalar_type(), name,
+               " must have the shape and dtype of the result");
+  return as_rows(*t, name);
+}
+
+uint32_t thread_index() {
+  uint32_t index = 0;
+  torch_get_thread_idx(&index);
+  return index;
+}
+
+Tensor product(Tensor x, const Tensor& weight, const Tensor* weight2, std::optional<Tensor> bias,
+               std::optional<Tensor> bias2, PostOp post, std::optional<Tensor> other,
+               std::optional<Tensor> other2) {
+  const Packed w = open(weight, "weight");
+  LMFUSE_CHECK(x.is_cpu() && x.dim() >= 1 && x.size(x.dim() - 1) == w.k,
+               "x must be a CPU tensor [..., ", w.k, "]");
+  int64_t sizes[64];
+  for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d);
+  sizes[x.dim() - 1] = w.n;
+  Tensor out = empty(sizes, x.dim(), x);
+
+  GemmArgs a{};
+  a.other = operand(other, out, "other");
+  a.other2 = operand(other2, out, "other2");
+  if (out.numel() == 0) return out;
+  a.weight = w.panels;
+  if (weight2) {
+    const Packed w2 = open(*weight2, "weight2");
+    LMFUSE_CHECK_VALUE(w2.n == w.n && w2.k == w.k && w2.dtype == w.dtype,
+                       "the two weights must have one shape and dtype");
+    a.weight2 = w2.panels;
+  }
+  if (bias) a.bias = as_vector(*bias, w.n, "bias");
+  if (bias2) a.bias2 = as_vector(*bias2, w.n, "bias2");
+  a.out = as_rows(out, "out");
+  a.weight_type = w.dtype;
+  a.post = post;
+  a.m = x.numel() / w.k;
+  a.n = w.n;
+  a.k = w.k;
+  // fp32 rows over a bf16 weight are rounded to bf16 first, on every level alike.
+  if (w.dtype == DType::bf16 && x.scalar_type() != ScalarType::BFloat16)
+    x = torch::stable::to(x, ScalarType::BFloat16);
+
+  const GemmFormat format = kernels().gemm_format(w.dtype, a.m, a.k);
+  const Rows2d rows = rows_of(x, format, a.m, a.k);
+  a.x = rows.data;
+  a.lda = rows.lda;
+  std::optional<Tensor> scratch;
+  const int64_t each = format.scratch_rows * kPanel * kPanelGroup * (weight2 ? 2 : 1);
+  if (each) {
+    uint32_t threads = 1;
+    torch_get_num_threads(&threads);
+    const int64_t size = each * threads;
+    scratch = new_tensor(&size, 1, ScalarType::Float);
+    a.scratch = static_cast<float*>(scratch->mutable_data_ptr());
+  }
+  const auto kernel = kernels().gemm;
+  const int64_t blocks = (a.m + kRowBlock - 1) / kRowBlock;
+  parallel(blocks * panel_count(a.n), a.k * kPanel * (a.m < 8 ? a.m : 8),
+           [&](int64_t begin, int64_t end) {
+             GemmArgs mine = a;
+             if (each) mine.scratch += each * thread_index();
+             kernel(mine, begin, end);
+           });
+  return out;
+}
+
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_features,
+              int64_t post, std::optional<Tensor> other, std::optional<Tensor> other2) {
+  LMFUSE_CHECK(post >= 0 && post < static_cast<int64_t>(PostOp::gate_up),
+               "post is unknown: ", post);
+  const PostOp op = static_cast<PostOp>(post);
+  const bool one = op == PostOp::mul || op == PostOp::add || op == PostOp::silu_mul;
+  const bool two = op == PostOp::add_add;
+  LMFUSE_CHECK(other.has_value() == (one || two) && other2.has_value() == two,
+               "post takes another number of operands");
+  const Packed w = open(weight, "weight");
+  LMFUSE_CHECK_VALUE(w.n == out_features, "weight has ", w.n, " output channels, not ",
+                     out_features);
+  return product(x, weight, nullptr, bias, {}, op, other, other2);
+}
+
+Tensor linear_gate_up(Tensor x, Tensor gate, Tensor up, std::optional<Tensor> gate_bias,
+                      std::optional<Tensor> up_bias, int64_t out_features) {
+  const Packed w = open(gate, "gate");
+  LMFUSE_CHECK_VALUE(w.n == out_features, "gate has ", w.n, " output channels, not ", out_features);
+  return product(x, gate, &up, gate_bias, up_bias, PostOp::gate_up, {}, {});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
+  m.def("linear_pack(Tensor weight) -> Tensor");
+  m.def("linear_unpack(Tensor packed, int out_features, int in_features) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int post, Tensor? other,"
+      " Tensor? other2) -> Tensor");
+  m.def(
+      "linear_gate_up(Tensor x, Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias,"
+      " int out_features) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) {
+  m.impl("linear_pack", TORCH_BOX(&linear_pack));
+  m.impl("linear_unpack", TORCH_BOX(&linear_unpack));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_gate_up", TORCH_BOX(&linear_gate_up));
+}
+
+}  // namespace lmfuse

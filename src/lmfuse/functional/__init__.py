@@ -8,6 +8,7 @@ from lmfuse.functional.norm import (
     layer_norm,
     rms_norm,
 )
+from lmfuse.functional.rope import rotary_embedding, rotate, rotate_qk, rotate_qkv
 
 __all__ = [
     "add_layer_norm",
@@ -16,5 +17,9 @@ __all__ = [
     "gelu_mul",
     "layer_norm",
     "rms_norm",
+    "rotary_embedding",
+    "rotate",
+    "rotate_qk",
+    "rotate_qkv",
     "silu_mul",
 ]

@@ -1,8 +1,8 @@
 """lmfuse: fused language-model modules for CPUs, for stock PyTorch and transformers."""
 
-from lmfuse import functional
+from lmfuse import functional, modules
 from lmfuse.isa import available_isas, isa, set_isa, use_isa
 
 __version__ = "0.1.0"
 
-__all__ = ["available_isas", "functional", "isa", "set_isa", "use_isa"]
+__all__ = ["available_isas", "functional", "isa", "modules", "set_isa", "use_isa"]

@@ -34,14 +34,15 @@ Tensor empty_heads(const Tensor& x, const Heads& g, bool heads_first) {
   return Tensor(handle);
 }
 
-// What does not depend on x: the table and the positions, all checked against each other.
+// What does not depend on x: the table and the positions, all checked against each other. It owns
+// the copies that args() makes and points to, so it must outlive the kernel.
 struct Table {
   Tensor sin, cos;
   std::optional<Tensor> positions;
   int64_t rotary_dim;
   bool half;
 
-  RopeArgs args(const Heads& g) {
+  RopeArgs args(const Heads& g) & {
     RopeArgs a{};
     const int64_t dim = sin.dim(), rows = sin.size(dim - 2), width = sin.size(dim - 1);
     LMFUSE_CHECK(sin.is_cpu() && same_sizes(sin, cos) && sin.scalar_type() == cos.scalar_type() &&
@@ -120,7 +121,8 @@ void rotate(RopeArgs a, const Heads& x, const void* from, const Heads& y, void* 
 Tensor rope(Tensor x, Tensor sin, Tensor cos, std::optional<Tensor> positions, int64_t rotary_dim,
             bool half, bool heads_first) {
   const Heads g = heads_of(x, heads_first, "x");
-  const RopeArgs a = Table{sin, cos, positions, rotary_dim, half}.args(g);
+  Table table{sin, cos, positions, rotary_dim, half};
+  const RopeArgs a = table.args(g);
   Tensor y = empty_heads(x, g, heads_first);
   rotate(a, g, x.const_data_ptr(), heads_of(y, heads_first, "y"), y.mutable_data_ptr(),
          dtype(x, "x"));
@@ -159,15 +161,17 @@ std::tuple<Tensor, Tensor, Tensor> rope_qkv(Tensor qkv, Tensor sin, Tensor cos,
   const int64_t kv_heads = rest / (2 * head_dim);
   const size_t size = qkv.scalar_type() == ScalarType::Float ? 4 : 2;
   const DType type = dtype(qkv, "x");
-  Heads g{qkv.size(0), qkv.size(1), num_heads, head_dim, qkv.stride(0), qkv.stride(1), head_dim};
-  const RopeArgs table = Table{sin, cos, positions, rotary_dim, half}.args(g);
+  Heads g{qkv.size(0),   qkv.size(1),   num_heads, head_dim,
+          qkv.stride(0), qkv.stride(1), head_dim};
+  Table table{sin, cos, positions, rotary_dim, half};
+  const RopeArgs shared = table.args(g);
 
   const char* from = static_cast<const char*>(qkv.const_data_ptr());
   const auto part = [&](int64_t heads, int64_t rotary) {
     const int64_t sizes[4] = {g.batch, g.seq, heads, head_dim};
     Tensor y = empty(sizes, 4, qkv);
     g.heads = heads;
-    RopeArgs a = table;
+    RopeArgs a = shared;
     a.heads = heads;
     a.rotary_dim = rotary;
     rotate(a, g, from, heads_of(y, false, "y"), y.mutable_data_ptr(), type);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 import threading
 
 import pytest
@@ -132,20 +131,18 @@ def test_scaling(config):
     for length in (None, 100, 128, 129, MAX, MAX + 1, 5000):
         inv_freq, attention = stock(config, length=length)
         rope = Rope.of(2 * HALF, 10000.0, MAX, config)
-        torch.testing.assert_close(rope.inv_freq(length or 0), inv_freq, rtol=3e-7, atol=0)
+        assert torch.equal(rope.inv_freq(length or 0), inv_freq)
         torch.testing.assert_close(
             rope.inv_freq(torch.tensor(length or 0)), inv_freq, rtol=1e-6, atol=0
         )
-        assert math.isclose(rope.attention_factor, attention, rel_tol=1e-12)
+        assert rope.attention_factor == attention
 
 
 @pytest.mark.parametrize("dim", [2, 8, 80, 128])
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3", "proportional"])
 def test_scaling_of_other_widths(kind, dim):
     for config in (c for c in CONFIGS if c["rope_type"] == kind):
-        expected = stock(config, dim)[0]
-        actual = Rope.of(dim, 10000.0, MAX, config).inv_freq()
-        torch.testing.assert_close(actual, expected, rtol=3e-7, atol=0)
+        assert torch.equal(Rope.of(dim, 10000.0, MAX, config).inv_freq(), stock(config, dim)[0])
 
 
 def test_without_scaling():
@@ -164,7 +161,12 @@ def test_forms_of_one_config():
     for config in (old, {**old, "type": "su"}, untyped):
         assert rope(config) == rope(LONGROPE)
     assert rope({**YARN, "type": "yarn"}) == rope(YARN)
-    model = Phi3Config(max_position_embeddings=MAX, rope_parameters={**LONGROPE, "rope_theta": 9e3})
+    model = Phi3Config(
+        hidden_size=8 * HALF,
+        num_attention_heads=4,
+        max_position_embeddings=MAX,
+        rope_parameters={**LONGROPE, "rope_theta": 9e3},
+    )
     assert rope(model.rope_parameters).base == 9e3
 
 
@@ -194,7 +196,7 @@ def test_bad_sizes():
         RotaryEmbedding(MAX, 31)
     with pytest.raises(ValueError, match="max_position_embeddings is 0"):
         RotaryEmbedding(0, 32)
-    with pytest.raises(ValueError, match="base is 5.*rope_theta 7"):
+    with pytest.raises(ValueError, match=r"base is 5.*rope_theta 7"):
         RotaryEmbedding(MAX, 32, 5, extra_rope_config={"rope_theta": 7})
 
 
@@ -231,7 +233,7 @@ def test_scaling_stays_right_as_sequences_grow_and_shrink(kind, given):
         expected = expected_of(x, positions, config, length)
         for form in (positions, start):
             y = rope(x, form, 4, 32, HALF, 32, seq_len)
-            torch.testing.assert_close(y, expected, rtol=1e-5, atol=2e-3 * length / MAX + 1e-6)
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_forms_of_x():
@@ -261,9 +263,6 @@ def test_gptj_and_partial_width():
     assert torch.equal(y[..., 64:], x[..., 64:])
     half = rope(x, positions, 4, 256, 16, 32)  # narrower than the table
     assert torch.equal(half[..., 32:], x[..., 32:])
-    assert torch.equal(rope(x.bfloat16(), positions, 4, 256, 1, 64).bfloat16(), y.bfloat16()) or (
-        rope(x.bfloat16(), positions, 4, 256, 1, 64) - y
-    ).abs().max() < 0.05
 
 
 def test_apply_function_is_the_function():
@@ -277,9 +276,9 @@ def test_apply_function_is_the_function():
 
 def test_bad_input():
     rope, x, p = RotaryEmbedding(64, 32), torch.ones(2, 5, 4, 32), torch.arange(5)[None]
-    with pytest.raises(ValueError, match="offset is 8.*half of rotary_ndims, 32"):
+    with pytest.raises(ValueError, match=r"offset is 8.*half of rotary_ndims, 32"):
         rope(x, p, 4, 32, 8, 32)
-    with pytest.raises(ValueError, match="rotary_ndims is 34.*pos_embd_dim, 32"):
+    with pytest.raises(ValueError, match=r"rotary_ndims is 34.*pos_embd_dim, 32"):
         rope(torch.ones(2, 5, 4, 64), p, 4, 64, 17, 34)
     with pytest.raises(ValueError, match="rotary_dim is 7"):
         rope(x, p, 4, 32, 1, 7)

@@ -134,9 +134,7 @@ def test_strided_positions():
     expected = reference(x, sin[positions], cos[positions], 8, True)
     assert_rotated(rotate(x, sin, cos, 8, True, positions), x, expected)
     one = positions[:1].expand(3, 4)
-    assert_rotated(
-        rotate(x, sin, cos, 8, True, one), x, reference(x, sin[one], cos[one], 8, True)
-    )
+    assert_rotated(rotate(x, sin, cos, 8, True, one), x, reference(x, sin[one], cos[one], 8, True))
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["half", "interleaved"])
@@ -324,7 +322,7 @@ def test_bad_input_of_one_function():
         rotate(x, row, row, 16, True, torch.tensor(0))
     with pytest.raises(ValueError, match=r"\[2 or 1, 5, width\]"):
         rotate(x, row[:, :4], row[:, :4], 16, True)
-    with pytest.raises(ValueError, match="x has 60 features.*multiple of 32"):
+    with pytest.raises(ValueError, match=r"x has 60 features.*multiple of 32"):
         rotate_qkv(torch.ones(2, 5, 60), sin, cos, 2, 16, 16, True)
     with pytest.raises(ValueError, match="num_heads is 0"):
         rotate_qkv(torch.ones(2, 5, 64), sin, cos, 0, 16, 16, True)
@@ -439,7 +437,7 @@ def test_jit_trace(module):
         for size in (*SIZES, (1, 1)):
             arguments = inputs(*size)
             assert_same(loaded(*arguments), module(*arguments))
-        with pytest.raises(RuntimeError, match="position_ids.* 64 rows"):
+        with pytest.raises(RuntimeError, match=r"position_ids.* 64 rows"):
             loaded(heads(1, 2, 8), torch.tensor([[63, 64]]))
 
 

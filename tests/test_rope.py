@@ -6,12 +6,14 @@ import io
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import lmfuse
 from lmfuse.functional import rotary_embedding, rotate, rotate_qk, rotate_qkv
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+F32, BF16, F16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Half an ulp of each dtype, and fp32 its three operations.
 RELATIVE = {torch.float32: 4e-7, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -192,6 +194,32 @@ def test_strides(isa, half):
             assert_rotated(k, x, expected)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 70)),
+    around=st.tuples(*[st.integers(0, 3)] * 4),
+    order=st.permutations([0, 1, 2]),
+    dtype=st.sampled_from(DTYPES),
+    half=st.booleans(),
+    data=st.data(),
+)
+def test_nothing_around_is_touched(sizes, around, order, dtype, half, data):
+    rotary_dim = 2 * data.draw(st.integers(0, sizes[3] // 2))
+    inner = tuple(slice(n, n + size) for n, size in zip(around, sizes, strict=True))
+    base = torch.full([size + 2 * n for size, n in zip(sizes, around, strict=True)], 7.0).to(dtype)
+    base = base.permute(*order, 3).contiguous().permute(*(order.index(d) for d in range(3)), 3)
+    x = base[inner]
+    x.normal_()
+    before, (sin, cos) = base.clone(), table(sizes[1], rotary_dim // 2)
+    expected = reference(x, sin[None], cos[None], rotary_dim, half)
+    assert_rotated(rotate(x, sin, cos, rotary_dim, half), x, expected)
+    assert torch.equal(base, before)
+    rotary_embedding(x, x.clone(), sin, cos, rotary_dim, half)
+    assert_rotated(x, before[inner], expected)
+    before[inner] = x
+    assert torch.equal(base, before)
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "each"])
 def test_a_row_for_each_token(isa, shared):
     """What transformers hands to apply_rotary_pos_emb."""
@@ -227,6 +255,20 @@ def test_many_tokens_on_threads():
     rotary_embedding(q, k, sin, cos, 64, True)
     assert_rotated(q, x, right)
     assert torch.equal(q, k)
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["half", "interleaved"])
+def test_larger_than_the_caches(isa, half):
+    """From 32 MiB on, stores go around the caches, in whole lines where the width allows it."""
+    for head_dim, rotary_dim, dtype in ((128, 128, F32), (96, 80, F32), (256, 192, BF16)):
+        x = heads(2, 2**23 // (16 * head_dim) + 1, 16, head_dim, dtype=dtype)
+        sin, cos = table(x.shape[1], rotary_dim // 2)
+        last = x[:, -9:]  # a small tensor goes another way
+        y = rotate(x, sin, cos, rotary_dim, half)
+        assert torch.equal(y[:, -9:], rotate(last, sin[-9:], cos[-9:], rotary_dim, half))
+        q, k = x.clone(), x[:, :, :1].clone()
+        rotary_embedding(q, k, sin, cos, rotary_dim, half)
+        assert torch.equal(y, q)
 
 
 def test_empty():

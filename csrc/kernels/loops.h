@@ -66,14 +66,15 @@ LMFUSE_INLINE void map(T* y, int64_t n, F f) {
   if (i < n) store(y + i, f(i, Lanes::first(n - i)), Lanes::first(n - i));
 }
 
+constexpr uintptr_t kStreamAlign = 4 * kLanes;  // of what stream() writes to, in bytes
+
 // The same with stores around the caches, for a y that would not stay in them anyway: a store that
 // first fetches its line costs half as much traffic again.
 template <class T, class F>
 LMFUSE_INLINE void map_stream(T* y, int64_t n, F f) {
   constexpr int64_t kStep = 2 * kLanes;
-  constexpr uintptr_t kAlign = 4 * kLanes;  // what stream() asks for, in bytes
-  const uintptr_t past = reinterpret_cast<uintptr_t>(y) % kAlign;
-  const int64_t head = past ? static_cast<int64_t>((kAlign - past) / sizeof(T)) : 0;
+  const uintptr_t past = reinterpret_cast<uintptr_t>(y) % kStreamAlign;
+  const int64_t head = past ? static_cast<int64_t>((kStreamAlign - past) / sizeof(T)) : 0;
   if (past % sizeof(T) || head > n) return map(y, n, f);
   map(y, head, f);
   int64_t i = head;

@@ -1,5 +1,4 @@
-// Rotary position embedding. Both elements of a pair are read before either is written, so y may be
-// x.
+// Rotary position embedding. Both elements of a pair are read before either is written: y may be x.
 #include "loops.h"
 
 namespace lmfuse::LMFUSE_ISA {
@@ -13,32 +12,57 @@ LMFUSE_INLINE Rotated rotate(Vec a, Vec b, Vec sin, Vec cos) {
   return {a * cos - b * sin, b * cos + a * sin};
 }
 
+// Heads of usual widths stay aligned from one to the next; others are stored through the caches.
+template <class T>
+LMFUSE_INLINE bool aligned(const T* y, int64_t n) {
+  return (reinterpret_cast<uintptr_t>(y) | n * sizeof(T)) % kStreamAlign == 0;
+}
+
 // Pairs (j, j + half).
 template <class T, class W>
-LMFUSE_INLINE void rotate_half(const T* x, T* y, const W* sin, const W* cos, int64_t half) {
+LMFUSE_INLINE void rotate_half(const T* x, T* y, const W* sin, const W* cos, int64_t half,
+                               bool streaming) {
+  const auto at = [&](int64_t j, auto l) {
+    return rotate(load(x + j, l), load(x + half + j, l), load(sin + j, l), load(cos + j, l));
+  };
   const auto step = [&](int64_t j, auto l) {
-    const Rotated r =
-        rotate(load(x + j, l), load(x + half + j, l), load(sin + j, l), load(cos + j, l));
+    const Rotated r = at(j, l);
     store(y + j, r.first, l);
     store(y + half + j, r.second, l);
   };
   int64_t j = 0;
+  if (streaming && aligned(y, half))
+    for (; j + 2 * kLanes <= half; j += 2 * kLanes) {
+      const Rotated r = at(j, All{}), s = at(j + kLanes, All{});
+      stream(y + j, r.first, s.first);
+      stream(y + half + j, r.second, s.second);
+    }
   for (; j + kLanes <= half; j += kLanes) step(j, All{});
   if (j < half) step(j, Lanes::first(half - j));
 }
 
 // Pairs (2j, 2j + 1).
 template <class T, class W>
-LMFUSE_INLINE void rotate_interleaved(const T* x, T* y, const W* sin, const W* cos, int64_t half) {
+LMFUSE_INLINE void rotate_interleaved(const T* x, T* y, const W* sin, const W* cos, int64_t half,
+                                      bool streaming) {
+  const auto at = [&](int64_t j, auto l, auto low, auto high) {
+    Rotated in, out;
+    deinterleave(load(x + 2 * j, low), load(x + 2 * j + kLanes, high), in.first, in.second);
+    const Rotated r = rotate(in.first, in.second, load(sin + j, l), load(cos + j, l));
+    interleave(r.first, r.second, out.first, out.second);
+    return out;
+  };
   const auto step = [&](int64_t j, auto l, auto low, auto high) {
-    Vec even, odd, a, b;
-    deinterleave(load(x + 2 * j, low), load(x + 2 * j + kLanes, high), even, odd);
-    const Rotated r = rotate(even, odd, load(sin + j, l), load(cos + j, l));
-    interleave(r.first, r.second, a, b);
-    store(y + 2 * j, a, low);
-    store(y + 2 * j + kLanes, b, high);
+    const Rotated r = at(j, l, low, high);
+    store(y + 2 * j, r.first, low);
+    store(y + 2 * j + kLanes, r.second, high);
   };
   int64_t j = 0;
+  if (streaming && aligned(y, 2 * half))
+    for (; j + kLanes <= half; j += kLanes) {
+      const Rotated r = at(j, All{}, All{}, All{});
+      stream(y + 2 * j, r.first, r.second);
+    }
   for (; j + kLanes <= half; j += kLanes) step(j, All{}, All{}, All{});
   if (j < half) {
     const int64_t n = half - j, low = 2 * n < kLanes ? 2 * n : kLanes;
@@ -57,12 +81,12 @@ void rotate_token(const RopeArgs& a, int64_t token) {
   T* y = static_cast<T*>(a.y.data) + b * a.y.stride_b + s * a.y.stride_s;
   for (int64_t h = 0; h < a.heads; ++h, x += a.x.stride_h, y += a.y.stride_h) {
     if (a.half) {
-      rotate_half(x, y, sin, cos, a.rotary_dim / 2);
+      rotate_half(x, y, sin, cos, a.rotary_dim / 2, a.stream);
     } else {
-      rotate_interleaved(x, y, sin, cos, a.rotary_dim / 2);
+      rotate_interleaved(x, y, sin, cos, a.rotary_dim / 2, a.stream);
     }
     if (x != y && a.rotary_dim < a.head_dim)
-      map(y + a.rotary_dim, a.head_dim - a.rotary_dim,
+      map(a.stream, y + a.rotary_dim, a.head_dim - a.rotary_dim,
           [&](int64_t i, auto l) { return load(x + a.rotary_dim + i, l); });
   }
 }
@@ -75,6 +99,7 @@ void rope(const RopeArgs& a, int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) rotate_token<decltype(x), decltype(w)>(a, t);
     });
   });
+  if (a.stream) stream_end();
 }
 
 }  // namespace lmfuse::LMFUSE_ISA

@@ -17,6 +17,8 @@ Heads heads_of(const Tensor& x, bool heads_first, const char* name) {
   return {x.size(0), x.size(s), x.size(h), x.size(3), x.stride(0), x.stride(s), x.stride(h)};
 }
 
+int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
+
 RopeArgs::Heads operand(const Heads& g, void* data) {
   return {data, g.stride_b, g.stride_s, g.stride_h};
 }
@@ -113,6 +115,7 @@ void rotate(RopeArgs a, const Heads& x, const void* from, const Heads& y, void* 
   a.x = operand(x, const_cast<void*>(from));
   a.y = operand(y, to);
   a.dtype = type;
+  a.stream = to != from && x.batch * x.seq * x.heads * x.dim * size_of(type) >= kStreamBytes;
   const auto kernel = kernels().rope;
   parallel(x.batch * x.seq, x.heads * x.dim,
            [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
@@ -154,15 +157,15 @@ std::tuple<Tensor, Tensor, Tensor> rope_qkv(Tensor qkv, Tensor sin, Tensor cos,
                                             int64_t head_dim, int64_t rotary_dim, bool half) {
   LMFUSE_CHECK(qkv.is_cpu() && qkv.dim() == 3 && (qkv.size(2) <= 1 || qkv.stride(2) == 1),
                "x must be a CPU tensor [batch, seq, features], contiguous in its last dimension");
-  const int64_t features = qkv.size(2), rest = features - num_heads * head_dim;
-  LMFUSE_CHECK(num_heads > 0 && head_dim > 0 && rest > 0 && rest % (2 * head_dim) == 0, "x has ",
-               features, " features, which ", num_heads, " query heads of ", head_dim,
+  const int64_t features = qkv.size(2);
+  const bool fits = num_heads > 0 && head_dim > 0 && num_heads <= features / head_dim;
+  const int64_t rest = fits ? features - num_heads * head_dim : 0;
+  LMFUSE_CHECK(rest > 0 && rest % (2 * head_dim) == 0, "x has ", features, " features, which ",
+               num_heads, " query heads of ", head_dim,
                " do not leave an equal number of key and value heads of");
   const int64_t kv_heads = rest / (2 * head_dim);
-  const size_t size = qkv.scalar_type() == ScalarType::Float ? 4 : 2;
   const DType type = dtype(qkv, "x");
-  Heads g{qkv.size(0),   qkv.size(1),   num_heads, head_dim,
-          qkv.stride(0), qkv.stride(1), head_dim};
+  Heads g{qkv.size(0), qkv.size(1), num_heads, head_dim, qkv.stride(0), qkv.stride(1), head_dim};
   Table table{sin, cos, positions, rotary_dim, half};
   const RopeArgs shared = table.args(g);
 
@@ -175,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> rope_qkv(Tensor qkv, Tensor sin, Tensor cos,
     a.heads = heads;
     a.rotary_dim = rotary;
     rotate(a, g, from, heads_of(y, false, "y"), y.mutable_data_ptr(), type);
-    from += heads * head_dim * size;
+    from += heads * head_dim * size_of(type);
     return y;
   };
   Tensor q = part(num_heads, rotary_dim);

@@ -25,22 +25,29 @@ void widen_bias(const Vector& bias, int64_t n0, int64_t count, float* to) {
   });
 }
 
-// out = f(acc + bias), rounded once.
+// out = f(acc + bias), rounded once. The last panel may have fewer channels than 32.
 template <class T, class F>
 void finish_rows(const GemmArgs& a, const TileRows& rows, const float* acc, const float* acc_up,
                  int64_t row0, int64_t panel, F f) {
   const int64_t n0 = panel * kPanel, count = a.n - n0 < kPanel ? a.n - n0 : kPanel;
-  float bias[kPanel] = {}, up_bias[kPanel] = {};
+  alignas(64) float bias[kPanel] = {}, up_bias[kPanel] = {};
   widen_bias(a.bias, n0, count, bias);
   widen_bias(a.bias2, n0, count, up_bias);
   for (int64_t t = 0; t < rows.count; ++t) {
     const int64_t r = row0 + t, acc_row = t < rows.split ? t : t + rows.gap;
     const float* z = acc + acc_row * kPanel;
+    T* out = row<T>(a.out, r) + n0;
     const Operands<T> o{a.other.data ? row<T>(a.other, r) + n0 : nullptr,
                         a.other2.data ? row<T>(a.other2, r) + n0 : nullptr,
                         acc_up + acc_row * kPanel, up_bias};
-    map(row<T>(a.out, r) + n0, count,
-        [&](int64_t i, auto l) { return f(load(z + i, l) + load(bias + i, l), o, i, l); });
+    const auto value = [&](int64_t i, auto l)
+                           LMFUSE_LAMBDA { return f(load(z + i, l) + load(bias + i, l), o, i, l); };
+    if (count == kPanel) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kPanel; i += kLanes) store(out + i, value(i, All{}));
+    } else {
+      map(out, count, value);
+    }
   }
 }
 
@@ -158,6 +165,14 @@ void blocked(const GemmArgs& a, const RowTiles& rows, int64_t first, int64_t las
   }
 }
 
+// Blocks of k pay where the rows of x would not stay in the second-level cache.
+template <class Tile>
+bool in_blocks(int64_t rows, int64_t k) {
+  constexpr int64_t kCacheBytes = 512 << 10;
+  return Tile::kBlockK < kWhole && rows > Tile::kRows && k > Tile::kBlockK &&
+         rows * k * static_cast<int64_t>(sizeof(typename Tile::Input)) > kCacheBytes;
+}
+
 template <class Tile>
 void gemm_with(const GemmArgs& a, int64_t begin, int64_t end) {
   const int64_t panels = panel_count(a.n);
@@ -166,14 +181,12 @@ void gemm_with(const GemmArgs& a, int64_t begin, int64_t end) {
     const int64_t left = a.m - row0, rest = panels - first;
     const RowTiles rows(row0, left < kRowBlock ? left : kRowBlock, Tile::kRows);
     int64_t count = end - begin < rest ? end - begin : rest;
-    bool done = false;
-    if constexpr (Tile::kBlockK < kWhole)
-      if (rows.count > 1 && a.k > Tile::kBlockK) {
-        if (count > kPanelGroup) count = kPanelGroup;
-        blocked<Tile>(a, rows, first, first + count);
-        done = true;
-      }
-    if (!done) straight<Tile>(a, rows, first, first + count);
+    if (in_blocks<Tile>(rows.rows, a.k)) {
+      if (count > kPanelGroup) count = kPanelGroup;
+      blocked<Tile>(a, rows, first, first + count);
+    } else {
+      straight<Tile>(a, rows, first, first + count);
+    }
     begin += count;
   }
 }
@@ -191,7 +204,7 @@ GemmFormat format(int64_t m, int64_t k, int64_t k_multiple) {
   const int64_t block = m < kRowBlock ? m : kRowBlock;
   const int64_t tiles = (block + Tile::kRows - 1) / Tile::kRows;
   return {sizeof(typename Tile::Input) == 4 ? DType::f32 : DType::bf16, k_multiple,
-          tiles > 1 && k > Tile::kBlockK ? tiles * Tile::kRows : 0};
+          in_blocks<Tile>(block, k) ? tiles * Tile::kRows : 0};
 }
 
 }  // namespace

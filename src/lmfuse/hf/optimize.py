@@ -1,0 +1,148 @@
+"""`optimize(model)` and `restore(model)`: what is swapped in, and back."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lmfuse.hf import activation, norm, rope, swap
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_PASSES = (norm.plan, activation.plan, rope.plan)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_REPORT = "_lmfuse_report"
+
+
+def optimize(model: Model, dtype: torch.dtype | None = None, inplace: bool = False) -> Model:
+    """The same model, with its norms, gated activations and RoPE fused.
+
+    Modules are found by their shape, and accepted only if the fused form gives what the module's
+    own forward gives on random inputs; all others stay stock, and `lmfuse.hf.report` tells why. A
+    replaced module takes a subclass of its class: parameter names, state_dict, save_pretrained and
+    config are unchanged, and other models of the process are not touched. Optimizing an optimized
+    model changes nothing. In float32 results agree up to rounding; in bfloat16 and float16 the
+    fused forms round once where stock modules round two or three times.
+
+    Args:
+        model: any nn.Module in eval mode, with its parameters on the CPU.
+        dtype: cast the floating parameters to float32, bfloat16 or float16. Buffers, such as RoPE's
+            frequencies, and what transformers itself keeps in float32, stay as they are.
+        inplace: change and return `model` itself rather than a deep copy.
+
+    Returns:
+        The optimized model. `restore` undoes it, except for `dtype`.
+
+    Raises:
+        TypeError: not an nn.Module, or a dtype other than the three.
+        ValueError: a model in training mode, with parameters elsewhere than on the CPU, or
+            quantized and given a dtype. After any exception `model` is as before.
+    """
+    _check(model, dtype)
+    if not inplace:
+        model = copy.deepcopy(model)
+    before = {module: type(module) for module in model.modules()}
+    try:
+        done = _swap_all(model)
+        if dtype is not None:
+            _cast(model, dtype)  # last: all before it can be undone
+    except BaseException:
+        for module, kind in before.items():
+            module.__class__ = kind
+        raise
+    setattr(model, _REPORT, done)
+    if not done.replaced:
+        warnings.warn(
+            f"lmfuse.optimize found nothing to replace in {type(model).__name__}: it stays stock",
+            stacklevel=2,
+        )
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `optimize` on `model` itself: every module has its stock class again.
+
+    Weights are not touched: a model that `optimize` cast to another dtype keeps it.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: not an nn.Module.
+    """
+    _check_module(model)
+    swap.give_back(model)
+    vars(model).pop(_REPORT, None)
+    return model
+
+
+def report(model: nn.Module) -> swap.Report:
+    """What `optimize` replaced in `model`, and why other norms, MLPs and RoPEs stayed stock."""
+    found = vars(model).get(_REPORT)
+    return found if found is not None else swap.Report()
+
+
+def _swap_all(model: nn.Module) -> swap.Report:
+    """Plans for the whole model, then swaps."""
+    done = copy.deepcopy(report(model))
+    swaps: list[tuple[nn.Module, swap.Swap]] = []
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, swap.Fused):
+                continue
+            for plan in _PASSES:
+                found = plan(model, name, module)
+                if isinstance(found, swap.Swap):
+                    swaps.append((module, found))
+                    done.replaced[name] = found.becomes
+                    done.stock.pop(name, None)
+                    break
+                if found is not None:
+                    done.stock[name] = found
+    for module, found in swaps:
+        swap.put(module, found)
+    return done
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, but must be a torch.nn.Module")
+
+
+def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
+    _check_module(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a TorchScript module: optimize it before it is traced")
+    if model.training:
+        raise ValueError(
+            "model is in training mode, but lmfuse is for inference: call model.eval()"
+        )
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"dtype is {dtype}, but must be float32, bfloat16 or float16")
+    if dtype is not None and getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("dtype must be None: model is quantized, and casting would break it")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise ValueError(
+                f"parameter {name} is on {parameter.device}, but lmfuse computes on the CPU"
+            )
+        known = parameter.dtype in _FLOATS or (dtype and parameter.dtype is torch.float64)
+        if parameter.is_floating_point() and not known:
+            raise TypeError(
+                f"parameter {name} is {parameter.dtype}, but must be float32, bfloat16 or float16"
+            )
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Floating parameters to `dtype`, as from_pretrained(dtype=...) does: some stay in float32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype is torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(re.search(rf"\b{k}\b", name) for k in kept):
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,165 @@
+"""RoPE in attention modules that call their modeling file's `apply_rotary_pos_emb`.
+
+transformers has some 170 attention forwards with that call. We rewrite none of them: the swapped-in
+class runs the same code with one global, that function, bound to ours. The modeling file itself
+stays as it is. (The other globals are those of the moment of the swap.)
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmfuse import functional
+from lmfuse.hf import swap
+
+_CALLED = "apply_rotary_pos_emb"
+# The parameters of the two sorts of that function: Llama's and most others', GPT-J's.
+_PAIR = ["q", "k", "cos", "sin", "unsqueeze_dim"]
+_SINGLE = ["tensor", "sin", "cos"]
+
+
+class FusedRope(swap.Fused):
+    """An attention module that rotates query and key in one sweep, rounded once."""
+
+    fused_form: str  # a key of _FORMS
+
+    def __init_subclass__(cls) -> None:
+        forward = _rebound(cls.fused_stock.forward, _FORMS[cls.fused_form])
+        assert forward is not None  # plan made it once before
+        cls.forward = forward
+
+
+def _pair(rotary_half: bool, columns: slice) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Our Llama-like `apply_rotary_pos_emb`; `columns` of a table are its distinct ones."""
+
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(q.dtype, cos.dtype)  # they differ under autocast
+        return functional.rotate_qk(
+            q.to(wide),
+            k.to(wide),
+            sin[..., columns],
+            cos[..., columns],
+            cos.shape[-1],
+            rotary_half,
+            heads_first=unsqueeze_dim == 1,
+        )
+
+    return apply_rotary_pos_emb
+
+
+def _single(tensor: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Our `apply_rotary_pos_emb` of GPT-J and CodeGen; tensor is [batch, seq, heads, dim]."""
+    tensor = tensor.to(torch.promote_types(tensor.dtype, cos.dtype))
+    return functional.rotate(tensor, sin, cos, 2 * cos.shape[-1], False)
+
+
+_FORMS: dict[str, Callable[..., Any]] = {
+    "rope (half)": _pair(True, slice(None)),
+    "rope (interleaved)": _pair(False, slice(None)),
+    "rope (interleaved, doubled table)": _pair(False, slice(None, None, 2)),
+    "rope (interleaved, GPT-J)": _single,
+}
+
+
+def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | None:
+    """The swap for `module` if its forward applies RoPE, the reason against it, or None."""
+    inner = inspect.unwrap(type(module).forward)
+    if not isinstance(inner, FunctionType) or _CALLED not in inner.__code__.co_names:
+        return None
+    if "forward" in vars(module):
+        return "its forward is replaced on the instance"
+    stock = inner.__globals__.get(_CALLED)
+    if not callable(stock) or _rebound(type(module).forward, stock) is None:
+        return f"its forward is wrapped in a way that hides the call of {_CALLED}"
+    probes = list(_probes(model, name, list(inspect.signature(stock).parameters)))
+    if not probes:
+        return "its RoPE has other arguments than Llama's or GPT-J's, or no table was found"
+    for form, ours in _FORMS.items():
+        if all(swap.agrees(stock(*a), ours, *a) for a in probes):
+            return swap.Swap(swap.subclass(FusedRope, type(module), fused_form=form), form)
+    return "its RoPE is neither the half nor the interleaved one"
+
+
+def _probes(model: nn.Module, name: str, parameters: list[str]) -> Iterator[tuple[Tensor, ...]]:
+    """Arguments to try both functions on: random heads, and the tables that the model makes."""
+    random = swap.generator()
+    if parameters == _SINGLE:
+        angle = swap.random(random, 2, 6, 4)
+        yield swap.random(random, 2, 6, 3, 8), angle.sin(), angle.cos()
+    elif parameters == _PAIR:
+        for cos, sin in _tables(model, name):
+            batch, seq, width = cos.shape
+            query, key = (swap.random(random, batch, heads, seq, width) for heads in (3, 2))
+            yield query, key, cos, sin
+
+
+def _tables(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
+    """cos and sin as the rotary embedding nearest above module `name` makes them, a pair for each
+    type of layer; empty if there is none or it is of an unknown sort."""
+    path = name.split(".") if name else []
+    for depth in range(len(path), -1, -1):
+        for child in model.get_submodule(".".join(path[:depth])).children():
+            if type(child).__name__.endswith("RotaryEmbedding"):
+                # A copy, for dynamic RoPE keeps what it is called with.
+                buffers = {k: copy.copy(b) for k, b in child._buffers.items()}
+                return _made(swap.copied(child, _buffers=buffers))
+    return []
+
+
+def _made(rotary: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    x, positions = torch.zeros(1), torch.tensor([[0, 1, 2, 7, 30, 61]])
+    arguments: list[tuple[Any, ...]] = [(x, positions)]
+    if "layer_type" in inspect.signature(rotary.forward).parameters:
+        types = set(getattr(getattr(rotary, "config", None), "layer_types", ()))
+        arguments = [(x, positions, t) for t in sorted(types)]
+    try:
+        tables = [rotary.forward(*a) for a in arguments]
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
+        return []
+    whole = all(len(t) == 2 and t[0].dim() == 3 and t[0].dtype is torch.float32 for t in tables)
+    return tables if whole else []
+
+
+def _rebound(forward: Any, rotate: Callable[..., Any]) -> FunctionType | None:
+    """`forward` with the global name `apply_rotary_pos_emb` bound to `rotate`, or None.
+
+    A decorated forward is made again around the new one, if it keeps the old in its closure.
+    """
+    if not isinstance(forward, FunctionType):
+        return None
+    names, closure = forward.__globals__, forward.__closure__
+    inner = getattr(forward, "__wrapped__", None)
+    if inner is None:
+        names = {**names, _CALLED: rotate}
+        # Dynamo looks globals up in the module of this name, where the function is the stock one.
+        del names["__name__"]
+    else:
+        cells = closure or ()
+        new = _rebound(inner, rotate)
+        if new is None or not any(_holds(cell, inner) for cell in cells):
+            return None
+        closure = tuple(CellType(new) if _holds(cell, inner) else cell for cell in cells)
+    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, closure)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    made.__dict__.update(forward.__dict__)
+    if inner is not None:
+        made.__wrapped__ = new  # type: ignore[attr-defined]
+    for attribute in ("__module__", "__qualname__", "__doc__", "__annotations__"):
+        setattr(made, attribute, getattr(forward, attribute))
+    return made
+
+
+def _holds(cell: CellType, function: object) -> bool:
+    try:
+        return cell.cell_contents is function
+    except ValueError:  # an empty cell
+        return False

@@ -1,0 +1,132 @@
+"""The class swap: a module takes a subclass of its own class, and gives it back.
+
+isinstance, parameter names, state_dict, hooks and transformers' output recorders stay as they were,
+and the class remembers what it replaced, so there is nothing else to keep. A swap is proposed only
+after `agrees` has seen it compute what the stock code computes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Fused(nn.Module):
+    """What every class that lmfuse swaps in derives from; see `subclass`."""
+
+    # Names that no module of a model has: class attributes hide parameters.
+    fused_stock: type[nn.Module]
+    fused_settings: tuple[tuple[str, Any], ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle finds a class by its name, but ours are made on the fly: make it again there.
+        kind = type(self)
+        return _new, (kind.__mro__[1], kind.fused_stock, dict(kind.fused_settings)), self.__dict__
+
+
+def _new(mixin: type[Fused], stock: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
+    made = subclass(mixin, stock, **settings)
+    return made.__new__(made)
+
+
+def subclass(mixin: type[Fused], stock: type[nn.Module], **settings: Any) -> type[Fused]:
+    """The class (mixin, stock), with `settings` as class attributes; made once."""
+    key = (mixin, stock, tuple(sorted(settings.items())))
+    if key not in _made:
+        _made[key] = _make(*key)
+    return _made[key]
+
+
+_made: dict[tuple[type[Fused], type[nn.Module], tuple[tuple[str, Any], ...]], type[Fused]] = {}
+
+
+def _make(
+    mixin: type[Fused], stock: type[nn.Module], settings: tuple[tuple[str, Any], ...]
+) -> type[Fused]:
+    attributes = {
+        "__module__": mixin.__module__,
+        "__doc__": mixin.__doc__,
+        "fused_stock": stock,
+        "fused_settings": settings,
+        **dict(settings),
+    }
+    return type(f"Fused{stock.__name__}", (mixin, stock), attributes)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A class for a module, and in a few words what the module then computes."""
+
+    kind: type[Fused]
+    becomes: str
+
+
+@dataclass
+class Report:
+    """What `optimize` did: module name -> what it became, or why it stayed stock."""
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    stock: dict[str, str] = field(default_factory=dict)
+
+
+def put(module: nn.Module, swap: Swap) -> None:
+    """Gives `module` the class of `swap`."""
+    module.__class__ = swap.kind
+
+
+def give_back(model: nn.Module) -> None:
+    """Gives every module of `model` its stock class."""
+    for module in model.modules():
+        if isinstance(module, Fused):
+            module.__class__ = type(module).fused_stock  # type: ignore[assignment]
+
+
+def takes_one_input(module: nn.Module) -> bool:
+    """Whether the forward of `module` has exactly one parameter, and is that of its class."""
+    try:
+        parameters = inspect.signature(type(module).forward).parameters
+    except (TypeError, ValueError):
+        return False
+    return len(parameters) == 2 and "forward" not in vars(module)
+
+
+def random(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal float32, from our own generator: the global one is the user's."""
+    return torch.randn(shape, generator=generator)
+
+
+def generator() -> torch.Generator:
+    """A generator that always starts alike."""
+    return torch.Generator().manual_seed(0)
+
+
+def copied(module: Module, **changed: Any) -> Module:
+    """A shallow copy of `module`, with some of its attributes `changed`."""
+    new = module.__class__.__new__(module.__class__)
+    new.__dict__.update(vars(module))
+    new.__dict__.update(changed)
+    return new
+
+
+def agrees(
+    expected: Tensor | tuple[Tensor, ...], ours: Callable[..., Any], *arguments: Tensor
+) -> bool:
+    """Whether ours(*arguments) is what the stock code gave, up to float32 rounding."""
+    try:
+        result = ours(*arguments)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    mine, stock = (x if isinstance(x, tuple) else (x,) for x in (result, expected))
+    return len(mine) == len(stock) and all(map(_close, mine, stock))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    alike = a.shape == b.shape and a.dtype is b.dtype
+    return alike and torch.allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -222,9 +222,10 @@ def test_compiles_and_exports_without_a_break(family: str) -> None:
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
-        out = compiled(ids, use_cache=False).logits
-        exported: Any = torch.export.export(fused, (ids,), {"use_cache": False}, strict=False)
-        again = exported.module()(ids, use_cache=False).logits
+        out = compiled(ids, use_cache=False).logits  # type: ignore[no-untyped-call]
+        exported = torch.export.export(fused, (ids,), {"use_cache": False}, strict=False)
+        run: Any = exported.module()
+        again = run(ids, use_cache=False).logits
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
     assert any("lmfuse" in str(node.target) for node in exported.graph.nodes)
@@ -294,12 +295,20 @@ class _OddRMSNorm(nn.Module):
         return self.weight * x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + self.eps)
 
 
+class _ChoosyRMSNorm(_OddRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 3:
+            raise KeyError("only 3-D")
+        return super().forward(x)
+
+
 def test_what_only_looks_alike_stays_stock_and_the_report_says_why() -> None:
     model = make()
     model.model.norm = _OddRMSNorm().eval()
     model.model.layers[0].mlp.act_fn = nn.Mish()
     attention = model.model.layers[1].self_attn
     attention.forward = attention.forward
+    model.model.layers[1].input_layernorm = _ChoosyRMSNorm().eval()
     expected = logits(model)
     fused = lmfuse.optimize(model, inplace=True)
     assert hf.report(fused).stock == {
@@ -307,6 +316,7 @@ def test_what_only_looks_alike_stays_stock_and_the_report_says_why() -> None:
         "model.layers.0.mlp": (
             "its activation is none of silu, gelu and gelu_tanh, or it computes more than these"
         ),
+        "model.layers.1.input_layernorm": "its forward refused a test input: 'only 3-D'",
         "model.layers.1.self_attn": "its forward is replaced on the instance",
     }
     torch.testing.assert_close(logits(fused), expected, rtol=1e-4, atol=1e-4)

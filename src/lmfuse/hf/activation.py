@@ -62,7 +62,7 @@ def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | No
     x = 2 * swap.random(swap.generator(), 64, 8)
     try:
         expected = probe.forward(x)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # it is foreign code
         return f"its forward refused a test input: {error}"
     for gated in _GATED:
         kind = swap.subclass(FusedMLP, type(module), fused_act=act_name, fused_gated=gated)

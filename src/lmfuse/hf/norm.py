@@ -75,7 +75,7 @@ def _recognised(module: nn.Module, own: dict[str, nn.Parameter], eps_name: str) 
     try:
         expected = probe.forward(x)
         mixed = probe.forward(x.bfloat16()).dtype
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # it is foreign code
         return f"its forward refused a test input: {error}"
     for becomes, centered, offset in (
         ("rms_norm", False, 0.0),

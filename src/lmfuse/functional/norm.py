@@ -1,7 +1,7 @@
 """RMS norm and layer norm, with or without a residual.
 
-All compute in fp32 and round once. Rows may lie anywhere (any leading dimensions, any strides); only
-a last dimension that is not contiguous is copied first. Weights may be of another of the three
+All compute in fp32 and round once. Rows may lie anywhere (any leading dimensions, any strides);
+only a last dimension that is not contiguous is copied first. Weights may be of another of the three
 dtypes than the input. Inference only: a backward raises.
 """
 
@@ -131,8 +131,8 @@ def add_rms_norm(
 ) -> Tensor:
     """s = x + residual; y = s / sqrt(mean(s², -1) + eps) · (weight + weight_offset)
 
-    s is kept in fp32 until y is rounded. Under CPU autocast, an x of another dtype takes that of the
-    residual.
+    s is kept in fp32 until y is rounded. Under CPU autocast, an x of another dtype takes that of
+    the residual.
 
     Args:
         residual: [..., n], as x; None for zeros.
@@ -171,8 +171,8 @@ def add_layer_norm(
 ) -> Tensor:
     """s = x + residual; y = layer_norm(s) · weight + bias
 
-    s is kept in fp32 until y is rounded. Under CPU autocast, an x of another dtype takes that of the
-    residual.
+    s is kept in fp32 until y is rounded. Under CPU autocast, an x of another dtype takes that of
+    the residual.
 
     Args:
         residual: [..., n], as x; None for zeros.

@@ -30,6 +30,7 @@ LMFUSE_INLINE Vec each(F f) {
 LMFUSE_INLINE Vec broadcast(float x) {
   return each([&](int64_t) { return x; });
 }
+LMFUSE_INLINE Vec in_register(Vec a) { return a; }
 LMFUSE_INLINE Vec operator+(Vec a, Vec b) {
   return each([&](int64_t i) { return a.v[i] + b.v[i]; });
 }

@@ -82,7 +82,8 @@ class Ahead {
 template <class T>
 struct FmaTile {
   using Input = float;
-  static constexpr int kRows = kLanes == 16 ? 12 : 3;  // 24 (12) accumulators of 32 (16) registers
+  // 24 accumulators of 32 registers, 12 of 16.
+  static constexpr int kRows = kRegisters == 32 ? 12 : kRegisters == 16 ? 3 : 1;
   static constexpr int64_t kBlockK = kWhole;
 
   explicit FmaTile(int64_t rows) : rows_(rows) {}
@@ -133,10 +134,10 @@ struct FmaTile {
     };
     // Four words at a time: the loop's own arithmetic takes the ports of the fma (20 % slower by
     // one).
-    constexpr int64_t kUnroll = 4 * kPerWord;
+    constexpr int64_t kUnroll = (kRegisters > 1 ? 4 : 1) * kPerWord;
     int64_t i = 0;
     for (; i + kUnroll <= k; i += kUnroll) {
-      ahead.step<static_cast<int>(kUnroll * sizeof(T) * kPanel / Ahead::kStep)>();
+      ahead.step<static_cast<int>((kUnroll * sizeof(T) * kPanel + 64) / Ahead::kStep)>();
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kUnroll; j += kPerWord) word(i + j);
     }

@@ -8,6 +8,7 @@ namespace lmfuse::LMFUSE_ISA {
 namespace {
 
 constexpr int64_t kLanes = 8;
+constexpr int kRegisters = 16;
 
 struct Vec {
   __m256 v;

@@ -7,6 +7,7 @@ namespace lmfuse::LMFUSE_ISA {
 namespace {
 
 constexpr int64_t kLanes = 16;
+constexpr int kRegisters = 32;
 
 struct Vec {
   __m512 v;

@@ -6,6 +6,7 @@ namespace lmfuse::LMFUSE_ISA {
 namespace {
 
 constexpr int64_t kLanes = 8;
+constexpr int kRegisters = 1;  // nothing is known of the machine
 
 struct Vec {
   float v[kLanes];

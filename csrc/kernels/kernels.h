@@ -142,6 +142,27 @@ struct GemmArgs {
 constexpr int64_t kRowBlock = 512;  // rows that share one pass over the weight
 constexpr int64_t kPanelGroup = 8;  // panels whose accumulators wait together
 
+// The machine's own limits, which the benchmarks measure the other kernels by. x and y begin on a
+// page of kPage floats, and are a whole number of pages.
+constexpr int64_t kPage = 1024;
+struct ReadArgs {
+  const float* x;
+};
+struct CopyArgs {
+  const float* x;
+  float* y;
+  bool stream;
+};
+
+enum class Unit : int8_t { fp32, bf16, int8 };
+
+// operations[i]: how many multiplications and additions thread i did.
+struct PeakArgs {
+  Unit unit;
+  int64_t rounds;
+  int64_t* operations;
+};
+
 //                          name   arguments   begin and end count
 #define LMFUSE_KERNELS(K)                                          \
   K(norm, NormArgs)          /* rows */                            \
@@ -150,7 +171,10 @@ constexpr int64_t kPanelGroup = 8;  // panels whose accumulators wait together
   K(pack, PackArgs)          /* panels */                          \
   K(unpack, PackArgs)        /* panels */                          \
   K(gemm_rows, GemmRowsArgs) /* rows */                            \
-  K(gemm, GemmArgs)          /* panels of row blocks */
+  K(gemm, GemmArgs)          /* panels of row blocks */            \
+  K(limit_read, ReadArgs)    /* pages */                           \
+  K(limit_copy, CopyArgs)    /* pages */                           \
+  K(limit_peak, PeakArgs)    /* threads */
 
 struct Kernels {
   GemmFormat (*gemm_format)(DType weight, int64_t m, int64_t k);

@@ -1,0 +1,5 @@
+"""python -m lmfuse"""
+
+from lmfuse.cli import main
+
+main()

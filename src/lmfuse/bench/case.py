@@ -1,0 +1,107 @@
+"""One benchmark: an op of lmfuse, the formula it replaces, and the truth in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Inputs = tuple[Tensor, ...]
+Formula = Callable[..., Tensor | tuple[Tensor, ...]]
+
+# How many elements of an output are compared, about: all of a prompt, and some rows of a stream.
+_COMPARED = 4 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to run, and what to compare it with; each formula takes what `inputs` returns.
+
+    Attributes:
+        name: of the op.
+        kind: "stream" (far larger than the caches), "prompt" (some hundred tokens) or "row" (one
+            decoding step, where the call itself counts).
+        shape, dtype: of the first input.
+        make: (shape, dtype) -> inputs. A tensor of as many dimensions as `shape` has rows of its
+            own for each entry of the first dimension; all others are shared.
+        run: through lmfuse.
+        stock: as transformers or torch compute it.
+        reference: the formula, for float64.
+        limit: what bounds a stream: "copy" or "read"; None if the data stay in a cache.
+        flops: multiplications and additions of one run, where they are what counts.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[tuple[int, ...], torch.dtype], Inputs]
+    run: Formula
+    stock: Formula
+    reference: Formula
+    limit: str | None = None
+    flops: int = 0
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name} {list(self.shape)} {dtype}"
+
+    def inputs(self) -> Inputs:
+        """The tensors to run on, the same in each call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.make(self.shape, self.dtype)
+
+    def small(self) -> Case:
+        """The same case on a few rows of the same length, for tests."""
+        return replace(self, shape=(min(self.shape[0], 5), *self.shape[1:]))
+
+    def bytes(self, inputs: Inputs) -> int:
+        """Bytes that one run must read and write."""
+        outputs = _tuple(self.run(*inputs))
+        return sum(t.nbytes for t in (*inputs, *outputs))
+
+    @property
+    def tolerance(self) -> float:
+        """The largest `error` allowed: one rounding to the dtype, or the fp32 arithmetic."""
+        return max(0.51 * torch.finfo(self.dtype).eps, 4e-6)
+
+    def error(self, inputs: Inputs) -> float:
+        """max |y - r| / (|r| + rms(r)), with y of lmfuse and r of the float64 formula."""
+        step = max(1, inputs[0].numel() // _COMPARED)
+
+        def sample(x: Tensor) -> Tensor:
+            return x[::step] if x.dim() == len(self.shape) else x
+
+        exact = _tuple(self.reference(*(sample(x).double() for x in inputs)))
+        worst = 0.0
+        for y, r in zip(_tuple(self.run(*inputs)), exact, strict=True):
+            distance = (sample(y).double() - r).abs() / (r.abs() + r.square().mean().sqrt())
+            worst = max(worst, float(distance.max()) if bool(distance.isfinite().all()) else 1e9)
+        return worst
+
+    def check(self, inputs: Inputs) -> None:
+        """Raises `MismatchError` if the op does not compute its formula."""
+        error = self.error(inputs)
+        if error > self.tolerance:
+            raise MismatchError(
+                f"{self} is wrong: its error is {error:.2g}, but may be {self.tolerance:.2g}"
+            )
+
+
+class MismatchError(Exception):
+    """An op that does not compute its formula; it is not timed."""
+
+
+def _tuple(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return y if isinstance(y, tuple) else (y,)
+
+
+def random_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Normally distributed; rows repeat after the first thousand, to be there sooner."""
+    distinct = min(shape[0], 1024)
+    rows = torch.randn(distinct, *shape[1:]).to(dtype)
+    copies = -(-shape[0] // distinct)
+    return rows.repeat(copies, *(1 for _ in shape[1:]))[: shape[0]]

@@ -1,0 +1,136 @@
+"""`lmfuse bench`: each op checked, then timed against stock torch and the limits of the machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import lmfuse
+from lmfuse.bench import STEMS, Case, cases
+from lmfuse.bench.case import MismatchError
+from lmfuse.bench.limits import Limits, recycle_memory
+from lmfuse.bench.machine import describe
+from lmfuse.bench.runner import Result, Runner
+from lmfuse.cli._console import console
+
+
+def bench(
+    stems: Annotated[
+        list[str] | None, typer.Argument(help=f"Of {', '.join(STEMS)}; all if none is given.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="How many threads; as torch chooses by default.")
+    ] = None,
+    isa: Annotated[
+        str | None, typer.Option(help="The instruction set; the best available by default.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Only cases of this kind: stream, prompt or row.")
+    ] = None,
+) -> None:
+    """Check each op, then time it: GB/s, fraction of the machine's limit, ratio to stock torch."""
+    chosen = _chosen(stems or list(STEMS), kind)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
+    if isa is not None:
+        try:
+            lmfuse.set_isa(isa)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--isa") from None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    recycle_memory()
+    limits, results, mismatches = _run(chosen)
+    console().print(_table(limits, results))
+    if json_file is not None:
+        json_file.write_text(_json(limits, results) + "\n")
+    for mismatch in mismatches:
+        typer.echo(mismatch, err=True)
+    if mismatches:
+        raise typer.Exit(1)
+
+
+def _chosen(stems: list[str], kind: str | None) -> list[tuple[str, Case]]:
+    try:
+        found = [(stem, case) for stem in dict.fromkeys(stems) for case in cases(stem)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="STEMS") from None
+    kinds = dict.fromkeys(case.kind for _, case in found)
+    if kind is not None and kind not in kinds:
+        text = f"no case is of kind {kind!r}; there are {', '.join(kinds)}"
+        raise typer.BadParameter(text, param_hint="--kind")
+    return [(stem, case) for stem, case in found if kind in (None, case.kind)]
+
+
+def _run(chosen: list[tuple[str, Case]]) -> tuple[Limits, list[Result], list[str]]:
+    results, mismatches = [], []
+    stderr = Console(stderr=True)
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task("limits of the machine", total=len(chosen) + 1)
+        runner = Runner()
+        limits = runner.limits()
+        for stem, case in chosen:
+            progress.update(task, advance=1, description=str(case))
+            try:
+                results.append(runner.run(stem, case))
+            except MismatchError as mismatch:
+                mismatches.append(str(mismatch))
+    return limits, results, mismatches
+
+
+def _table(limits: Limits, results: list[Result]) -> Table:
+    table = Table(
+        title=f"{limits.isa}, threads: {limits.threads}",
+        caption=f"this machine: read {limits.read:.1f} and copy {limits.copy:.1f} GB/s; "
+        f"fp32 {limits.fp32:.0f}, bf16 {limits.bf16:.0f} and int8 {limits.int8:.0f} GFLOP/s",
+    )
+    table.add_column("op", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    for name in ("time", "GB/s", "of limit", "stock", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    flops = any(r.gigaflops for r in results)
+    if flops:
+        table.add_column("GFLOP/s", justify="right")
+    group = None
+    for r in results:
+        if group != (group := (r.stem, r.kind, r.dtype)):
+            table.add_section()
+        table.add_row(
+            r.name,
+            f"{list(r.shape)} {r.dtype}",
+            _time(r.seconds),
+            f"{r.gigabytes:.1f}",
+            f"{r.fraction:.0%} of {r.limit}" if r.fraction is not None else "",
+            _time(r.stock_seconds),
+            f"{r.ratio:.2f} x",
+            *([f"{r.gigaflops:.0f}" if r.gigaflops else ""] if flops else []),
+        )
+    return table
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.2f} us"
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def _json(limits: Limits, results: list[Result]) -> str:
+    return json.dumps(
+        {
+            "machine": asdict(describe()),
+            "limits": asdict(limits),
+            "results": [asdict(r) for r in results],
+        },
+        indent=2,
+    )

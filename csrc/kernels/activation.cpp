@@ -5,13 +5,18 @@
 namespace lmfuse::LMFUSE_ISA {
 namespace {
 
+constexpr int64_t kAhead = 4096;  // bytes that a stream from memory needs in flight
+
 template <class T, class F>
 void gated_rows(const GatedArgs& a, int64_t begin, int64_t end, F activation) {
   for (int64_t r = begin; r < end; ++r) {
     const T* gate = row<T>(a.gate, r);
     const T* up = row<T>(a.up, r);
-    map(a.stream, row<T>(a.y, r), a.n,
-        [&](int64_t i, auto l) { return activation(load(gate + i, l)) * load(up + i, l); });
+    map(a.stream, row<T>(a.y, r), a.n, [&](int64_t i, auto l) {
+      if (a.stream) prefetch(gate + i + kAhead / sizeof(T));
+      if (a.stream) prefetch(up + i + kAhead / sizeof(T));
+      return activation(load(gate + i, l)) * load(up + i, l);
+    });
   }
 }
 

@@ -53,6 +53,12 @@ LMFUSE_INLINE int64_t offset(const Rows& rows, int64_t r) {
   return rows.dims ? at + r * rows.stride[0] : 0;
 }
 
+// Fetches the line of p, which may lie anywhere: a hint never faults.
+template <class T>
+LMFUSE_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p);
+}
+
 template <class T>
 LMFUSE_INLINE T* row(const Matrix& m, int64_t r) {
   return static_cast<T*>(m.data) + offset(m.rows, r);

@@ -1,5 +1,6 @@
 // RMS norm and layer norm, with or without a residual. Rows are read two (rms) or three (layer)
-// times; after the first time they lie in the first-level cache.
+// times; after the first time they lie in the first-level cache. While the last pass of a stream
+// computes, it fetches the next row, or memory would rest for that long.
 #include "loops.h"
 
 namespace lmfuse::LMFUSE_ISA {
@@ -25,6 +26,8 @@ void norm_row(const NormArgs& a, const X* x, X* residual, X* y) {
 
   map(a.stream, y, n, [&](int64_t i, auto l) {
     const Vec s = value(i, l);
+    if (a.stream) prefetch(x + n + i);
+    if (a.stream && residual) prefetch(residual + n + i);
     if (a.add_back) store(residual + i, s, l);
     const Vec normal = (s - shift) * scale;
     const Vec scaled = weight ? normal * (load(weight + i, l) + weight_offset) : normal;

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-COMMANDS = ("bench", "env")
+COMMANDS = ("bench", "demo", "env")
 
 
 class _Commands(TyperGroup):

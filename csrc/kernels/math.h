@@ -27,16 +27,20 @@ LMFUSE_INLINE Vec exp(Vec x) {
 
 LMFUSE_INLINE Vec relu(Vec x) { return max(broadcast(0.0f), x); }
 
-LMFUSE_INLINE Vec silu(Vec x) {
-  const Vec one = broadcast(1.0f);
-  return x / (one + exp(broadcast(0.0f) - x));
+// x / (1 + e^-t), through e^-|t|: that cannot overflow, so that small values at negative t are
+// kept.
+LMFUSE_INLINE Vec times_sigmoid(Vec x, Vec t) {
+  const Vec one = broadcast(1.0f), zero = broadcast(0.0f);
+  const Vec e = exp(zero - abs(t));
+  return x * select(t < zero, e, one) / (one + e);
 }
+
+LMFUSE_INLINE Vec silu(Vec x) { return times_sigmoid(x, x); }
 
 // x/2 (1 + tanh(u)) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3).
 LMFUSE_INLINE Vec gelu_tanh(Vec x) {
-  const Vec minus_2u = x * fma(x * x, broadcast(-2.0f * 0.7978845608f * 0.044715f),
-                               broadcast(-2.0f * 0.7978845608f));
-  return x / (broadcast(1.0f) + exp(minus_2u));
+  constexpr float k = 2.0f * 0.7978845608f;
+  return times_sigmoid(x, x * fma(x * x, broadcast(k * 0.044715f), broadcast(k)));
 }
 
 // x/2 erfc(-x / sqrt 2), with erfc(z) = t e^(-z^2 + P(t)), t = 1 / (1 + z/2), for z >= 0: the

@@ -51,20 +51,17 @@ class Ahead {
     return {next + tile * bytes / count, next, (count + 1) / 2, 0};
   }
 
-  // Once for each kCount * 128 bytes that are read.
-  template <int kCount>
+  // Once for each 128 bytes that are read.
   LMFUSE_INLINE void step() {
-    wait_ -= kCount;
     if (every_ == 0) {
-#pragma GCC unroll 32
-      for (int i = 0; i < 2 * kCount; ++i) __builtin_prefetch(at_ + 64 * i, 0, kLocality);
-      at_ += kStep * kCount;
-      if (wait_ <= 0) {
-        at_ = next_;
-        wait_ = kWhole;
-      }
-    } else {
-      for (; wait_ < 0; wait_ += every_, at_ += 64) __builtin_prefetch(at_, 0, 2);
+      __builtin_prefetch(at_, 0, kLocality);
+      __builtin_prefetch(at_ + 64, 0, kLocality);
+      at_ += kStep;
+      if (--wait_ == 0) at_ = next_;
+    } else if (--wait_ < 0) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+      wait_ = every_ - 1;
     }
   }
 
@@ -82,8 +79,7 @@ class Ahead {
 template <class T>
 struct FmaTile {
   using Input = float;
-  // 24 accumulators of 32 registers, 12 of 16.
-  static constexpr int kRows = kRegisters == 32 ? 12 : kRegisters == 16 ? 3 : 1;
+  static constexpr int kRows = kLanes == 16 ? 12 : 3;  // 24 (12) accumulators of 32 (16) registers
   static constexpr int64_t kBlockK = kWhole;
 
   explicit FmaTile(int64_t rows) : rows_(rows) {}
@@ -111,37 +107,28 @@ struct FmaTile {
     const auto multiply = [&](const Vec(&w)[kVecs], int64_t i) LMFUSE_LAMBDA {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Vec xr = in_register(broadcast(x[r * lda + i]));
+        const Vec xr = broadcast(x[r * lda + i]);
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(xr, w[v], sum[r][v]);
       }
     };
-    // k words of a row of x by one row of the panel: a pair of k for bf16.
-    constexpr int kPerWord = __is_same(T, bf16_t) ? 2 : 1;
-    const auto word = [&](int64_t i) LMFUSE_LAMBDA {
-      const T* at = b + i * kPanel;
-      if constexpr (kPerWord == 2) {
-        Vec second[kVecs];
+    if constexpr (__is_same(T, bf16_t)) {
+      Vec second[kVecs];
+      for (int64_t i = 0; i < k; i += 2, b += 2 * kPanel) {
+        ahead.step();
 #pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) load_pairs(at + 2 * v * kLanes, row[v], second[v]);
+        for (int v = 0; v < kVecs; ++v) load_pairs(b + 2 * v * kLanes, row[v], second[v]);
         multiply(row, i);
         multiply(second, i + 1);
-      } else {
+      }
+    } else {
+      for (int64_t i = 0; i < k; ++i, b += kPanel) {
+        if (sizeof(T) == 4 || i % 2 == 0) ahead.step();
 #pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) row[v] = load(at + v * kLanes);
+        for (int v = 0; v < kVecs; ++v) row[v] = load(b + v * kLanes);
         multiply(row, i);
       }
-    };
-    // Four words at a time: the loop's own arithmetic takes the ports of the fma (20 % slower by
-    // one).
-    constexpr int64_t kUnroll = (kRegisters > 1 ? 4 : 1) * kPerWord;
-    int64_t i = 0;
-    for (; i + kUnroll <= k; i += kUnroll) {
-      ahead.step<static_cast<int>((kUnroll * sizeof(T) * kPanel + 64) / Ahead::kStep)>();
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < kUnroll; j += kPerWord) word(i + j);
     }
-    for (; i < k; i += kPerWord) word(i);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -175,9 +162,8 @@ struct DotTile {
     __m512 sum[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-#pragma GCC unroll 4
     for (int64_t i = 0; i < k; i += 2, b += 128) {
-      ahead.step<1>();
+      ahead.step();
       const __m512bh b0 = bit_cast<__m512bh>(_mm512_loadu_si512(b));
       const __m512bh b1 = bit_cast<__m512bh>(_mm512_loadu_si512(b + 64));
 #pragma GCC unroll 16
@@ -252,7 +238,7 @@ struct AmxTile {
     for (int64_t i = 0; i < k; i += kDotStep, b += 16 * kRow) {
       tiles_.load<4>(x + i, x_row);
       tiles_.load<6>(b, kRow);
-      ahead.step<16>();
+      for (int s = 0; s < 16; ++s) ahead.step();
       tiles_.load<7>(b + 64, kRow);
       tiles_.dot_bf16<0, 4, 6>();
       if constexpr (kTwo) tiles_.load<5>(x2 + i, x_row);

@@ -2,7 +2,6 @@
 // storage types. This header, its three siblings and the declared micro-kernels are the only text
 // that names an instruction; kernels are written in these words.
 //
-//   kRegisters     vector registers that a kernel may count on
 //   Vec            kLanes fp32 values: + - * /, fma, min, max, sqrt, abs, round, select …
 //   Lanes          how many lanes of a step are in use: all() or the first n (a tail)
 //   load(p, l)     p is float, bf16_t or f16_t; lanes beyond l are 0

@@ -8,7 +8,6 @@ namespace lmfuse::LMFUSE_ISA {
 namespace {
 
 constexpr int64_t kLanes = 8;
-constexpr int kRegisters = 16;
 
 struct Vec {
   __m256 v;
@@ -28,11 +27,6 @@ struct Lanes {
 };
 
 LMFUSE_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
-// Keeps the compiler from reading a value again from memory at each use.
-LMFUSE_INLINE Vec in_register(Vec a) {
-  asm("" : "+x"(a.v));
-  return a;
-}
 LMFUSE_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 LMFUSE_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 LMFUSE_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }

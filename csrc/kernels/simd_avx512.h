@@ -7,7 +7,6 @@ namespace lmfuse::LMFUSE_ISA {
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int kRegisters = 32;
 
 struct Vec {
   __m512 v;
@@ -21,11 +20,6 @@ struct Lanes {
 };
 
 LMFUSE_INLINE Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
-// Keeps the compiler from reading a value again from memory at each use.
-LMFUSE_INLINE Vec in_register(Vec a) {
-  asm("" : "+v"(a.v));
-  return a;
-}
 LMFUSE_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 LMFUSE_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 LMFUSE_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }

@@ -6,7 +6,6 @@ namespace lmfuse::LMFUSE_ISA {
 namespace {
 
 constexpr int64_t kLanes = 8;
-constexpr int kRegisters = 1;  // nothing is known of the machine
 
 struct Vec {
   float v[kLanes];
@@ -31,7 +30,6 @@ LMFUSE_INLINE Vec each(F f) {
 LMFUSE_INLINE Vec broadcast(float x) {
   return each([&](int64_t) { return x; });
 }
-LMFUSE_INLINE Vec in_register(Vec a) { return a; }
 LMFUSE_INLINE Vec operator+(Vec a, Vec b) {
   return each([&](int64_t i) { return a.v[i] + b.v[i]; });
 }

@@ -8,6 +8,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "../kernels/kernels.h"
 
@@ -40,13 +41,18 @@ inline DType dtype(const Tensor& t, const char* name) {
   }
 }
 
-inline int64_t bytes(const Tensor& t) {
-  return t.numel() * (t.scalar_type() == ScalarType::Float ? 4 : 2);
+inline int64_t element_bytes(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float ? 4 : 2;
 }
+
+inline int64_t bytes(const Tensor& t) { return t.numel() * element_bytes(t); }
 
 // A new contiguous tensor; like torch's, its memory holds what it held before.
 inline Tensor empty(const int64_t* sizes, int64_t dim, const Tensor& like) {
-  int64_t strides[64];
+  constexpr int64_t kMaxDims = 64;  // as in torch's own loops
+  LMFUSE_CHECK_VALUE(dim <= kMaxDims, "a tensor has ", dim, " dimensions, but may have at most ",
+                     kMaxDims);
+  int64_t strides[kMaxDims];
   for (int64_t d = dim - 1, step = 1; d >= 0; --d) {
     strides[d] = step;
     step *= sizes[d] > 1 ? sizes[d] : 1;
@@ -103,11 +109,32 @@ inline Matrix as_rows(Tensor& t, const char* name) {
   return m;
 }
 
+inline bool same_place(const Tensor& a, const Tensor& b) {
+  if (a.const_data_ptr() != b.const_data_ptr() || !same_sizes(a, b)) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// Whether the stretches of memory from the first to the last elements of a and b meet.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const auto stretch = [](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    const char* begin = static_cast<const char*>(t.const_data_ptr());
+    return std::pair(begin, begin + (last + 1) * element_bytes(t));
+  };
+  const auto [a_begin, a_end] = stretch(a);
+  const auto [b_begin, b_end] = stretch(b);
+  return a_begin < b_end && b_begin < a_end;
+}
+
 // A tensor that is written in place, so that a copy would lose the result.
 inline Matrix as_rows_in_place(const Tensor& t, const char* name) {
   Matrix m;
-  LMFUSE_CHECK(collapse(t, m.rows), name,
-               " is written in place: its last dimension must be contiguous");
+  LMFUSE_CHECK_VALUE(collapse(t, m.rows), name,
+                     " is written in place, so its last dimension must be ",
+                     "contiguous and the others must need at most ", Rows::kMaxDims, " strides");
   m.data = t.mutable_data_ptr();
   m.dtype = dtype(t, name);
   return m;

@@ -10,7 +10,9 @@ int64_t best() {
   while (isa_available(level + 1)) ++level;
   return level;
 }
-bool use(int64_t level) { return isa_use(static_cast<int>(level)); }
+bool use(int64_t level) {
+  return level >= 0 && level < isa_count() && isa_use(static_cast<int>(level));
+}
 
 }  // namespace
 

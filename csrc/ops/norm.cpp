@@ -11,13 +11,24 @@ Tensor norm(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weig
   Tensor y = new_like(x);
   if (y.numel() == 0) return y;
 
+  if (residual)
+    LMFUSE_CHECK(residual->is_cpu() && same_sizes(*residual, x) &&
+                     residual->scalar_type() == x.scalar_type(),
+                 "residual must have the shape and dtype of x");
+  if (add_back) {
+    // What is read must not change while the residual is written; one and the same place is fine.
+    const auto apart = [&](Tensor& t) {
+      if (overlap(t, *residual) && !same_place(t, *residual)) t = torch::stable::clone(t);
+    };
+    apart(x);
+    if (weight) apart(*weight);
+    if (bias) apart(*bias);
+  }
+
   NormArgs a{};
   a.x = as_rows(x, "x");
   a.y = as_rows(y, "y");
   if (residual) {
-    LMFUSE_CHECK(residual->is_cpu() && same_sizes(*residual, x) &&
-                     residual->scalar_type() == x.scalar_type(),
-                 "residual must have the shape and dtype of x");
     a.residual =
         add_back ? as_rows_in_place(*residual, "residual") : as_rows(*residual, "residual");
   }
@@ -76,8 +87,8 @@ Tensor add_layer_norm_(Tensor x, Tensor residual, std::optional<Tensor> weight,
 
 // The ops that end in _ also write x + residual into residual.
 STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
-  m.def("rms_norm(Tensor x, Tensor? weight, float eps, float weight_offset) -> Tensor");
-  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  m.def("rms_norm(Tensor hidden_states, Tensor? weight, float eps, float weight_offset) -> Tensor");
+  m.def("layer_norm(Tensor hidden_states, Tensor? weight, Tensor? bias, float eps) -> Tensor");
   m.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset)"
       " -> Tensor");

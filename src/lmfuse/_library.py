@@ -6,9 +6,10 @@ tell come back as `ValueError`, and a backward that reaches an op is refused in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,32 @@ _VALUE = "lmfuse: [value]"
 
 
 def register_fake(name: str) -> Callable[[Op], Op]:
-    """Registers what shapes and strides `torch.ops.lmfuse.<name>` returns, for tracing."""
-    return cast(Callable[[Op], Op], torch.library.register_fake(f"lmfuse::{name}"))
+    """Registers what shapes and strides `torch.ops.lmfuse.<name>` returns, for tracing.
+
+    A call that mixes real and meta tensors arrives here too, and would come back unwritten.
+    """
+
+    def register(fake: Op) -> Op:
+        @wraps(fake)
+        def checked(*args: Any) -> Any:
+            _one_device(getattr(ops, name).default, args)
+            return fake(*args)
+
+        torch.library.register_fake(f"lmfuse::{name}", checked)
+        return fake
+
+    return register
 
 
-def call(op: Op, *args: Any, written: Iterable[Tensor] = ()) -> Any:
-    """`op(*args)`; `written` are the arguments that the op changes in place.
+def _one_device(op: Any, args: tuple[Any, ...]) -> None:
+    (first, like), *others = _tensors(op, args)
+    for name, value in others:
+        if value.device != like.device:
+            raise ValueError(f"{name} is on {value.device}, but {first} is on {like.device}")
+
+
+def call(op: Op, *args: Any, written: tuple[int, ...] = ()) -> Any:
+    """`op(*args)`; `written` says which arguments, by position, the op changes in place.
 
     Raises:
         ValueError: the data of an argument are out of range.
@@ -42,31 +63,47 @@ def call(op: Op, *args: Any, written: Iterable[Tensor] = ()) -> Any:
         try:
             return op(*args)
         except RuntimeError as error:
-            raise _translated(error) from None
+            raise _translated(error, op, args) from None
     return _call_in_grad_mode(op, args, written)
 
 
-def _translated(error: RuntimeError) -> Exception:
+def _translated(error: RuntimeError, op: Any, args: tuple[Any, ...]) -> Exception:
     text = str(error)
-    if _VALUE not in text:
-        return error
-    return ValueError(text.split(_VALUE, 1)[1].split("\n", 1)[0].strip())
+    if _VALUE in text:
+        return ValueError(text.split(_VALUE, 1)[1].split("\n", 1)[0].strip())
+    if isinstance(error, NotImplementedError):  # found by the dispatcher, which costs no check
+        for name, value in _tensors(op, args):
+            if value.layout is not torch.strided:
+                return TypeError(f"{name} has layout {value.layout}, but must be dense")
+    return error
 
 
-def _call_in_grad_mode(op: Op, args: tuple[Any, ...], written: Iterable[Tensor]) -> Any:
+def _tensors(op: Any, args: tuple[Any, ...]) -> list[tuple[str, Tensor]]:
+    pairs = zip(op._schema.arguments, args, strict=False)
+    return [(argument.name, value) for argument, value in pairs if isinstance(value, Tensor)]
+
+
+def _call_in_grad_mode(op: Op, args: tuple[Any, ...], written: tuple[int, ...]) -> Any:
     needs_grad = any(isinstance(a, Tensor) and a.requires_grad for a in args)
-    if needs_grad and torch.compiler.is_compiling() and not written:
-        return _NoBackward.apply(op, *args)  # type: ignore[no-untyped-call]
     try:
-        result = op(*args)
+        if not needs_grad:
+            return op(*args)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return _hooked(op, op(*args))
+        # The function works on copies of what the op writes, so that autograd sees the writing.
+        # Dynamo wants each input once: of a tensor that comes again, a view.
+        apart = (
+            a.view_as(a) if isinstance(a, Tensor) and any(a is b for b in args[:i]) else a
+            for i, a in enumerate(args)
+        )
+        returned = _NoBackward.apply(op, written, *apart)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        raise _translated(error) from None
-    if needs_grad and not torch.compiler.is_compiling():
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        for tensor in (*results, *written):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(_refuser(_name(op)))  # type: ignore[no-untyped-call]
-    return result
+        raise _translated(error, op, args) from None
+    count = len(returned) - len(written)
+    for place, value in zip(written, returned[count:], strict=True):
+        args[place].copy_(value)
+    results = returned[:count]
+    return results[0] if count == 1 else results or None
 
 
 def _name(op: Op) -> str:
@@ -80,11 +117,16 @@ def _refusal(name: str) -> str:
     )
 
 
-def _refuser(name: str) -> Callable[[Tensor], None]:
-    def refuse(_: Tensor) -> None:
-        raise RuntimeError(_refusal(name))
+def _hooked(op: Op, result: Any) -> Any:
+    """For torch.jit.trace, whose graph can hold an op but no autograd.Function."""
 
-    return refuse
+    def refuse(_: Tensor) -> None:
+        raise RuntimeError(_refusal(_name(op)))
+
+    for tensor in result if isinstance(result, (tuple, list)) else (result,):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            tensor.register_hook(refuse)  # type: ignore[no-untyped-call]
+    return result
 
 
 # torch.compile traces the backward together with the forward, so refusing must wait until the
@@ -103,20 +145,29 @@ def _(grad: Tensor, name: str) -> Tensor:
 
 
 class _NoBackward(torch.autograd.Function):
+    """`op` on `args`, copies of the `written` ones; returns the results, then the copies."""
+
     @staticmethod
-    def forward(ctx: Any, op: Op, *args: Any) -> Any:
+    def forward(ctx: Any, op: Op, written: tuple[int, ...], *args: Any) -> tuple[Tensor, ...]:
         ctx.name = _name(op)
         ctx.shapes = [
             (a.shape, a.dtype, a.device) if isinstance(a, Tensor) and a.requires_grad else None
             for a in args
         ]
-        return op(*args)
+        copies = {i: args[i].clone() for i in written}
+        result = op(*(copies.get(i, a) for i, a in enumerate(args)))
+        if result is None:
+            result = ()
+        elif isinstance(result, Tensor):
+            result = (result,)
+        return (*result, *copies.values())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         refused = ops.refuse_backward(grads[0], ctx.name)
         zero = refused.sum() * 0
         return (
+            None,
             None,
             *(s and zero.to(s[1]).expand(s[0]) for s in ctx.shapes),
         )

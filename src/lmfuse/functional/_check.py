@@ -70,13 +70,21 @@ def same(name: str, x: Tensor, of: str, like: Tensor) -> None:
 
 def writable(name: str, x: Tensor) -> None:
     """Raises unless `x` can be written in place: rows contiguous, no two elements in one place."""
-    if x.numel() > 1 and x.shape[-1] > 1 and x.stride(-1) != 1:
+    if x.is_contiguous():
+        return
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} is written in place, so its last dimension must be contiguous, "
             f"but it has stride {x.stride(-1)}"
         )
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        if size > 1 and stride == 0:
+    dims = sorted(
+        (stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1
+    )
+    reach = 0  # how far the elements of the dimensions so far extend
+    for stride, size in dims:
+        if stride <= reach:
             raise ValueError(
-                f"{name} is written in place, but is expanded: several of its elements share memory"
+                f"{name} is written in place, but several of its elements share memory, expanded "
+                f"or overlapping: shape {tuple(x.shape)}, strides {x.stride()}"
             )
+        reach += stride * (size - 1)

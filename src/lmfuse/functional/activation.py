@@ -16,7 +16,8 @@ _gelu_mul = ops.gelu_mul.default
 
 def _pair(x: Tensor, y: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     _check.row("x", x)
-    if x.dtype is not y.dtype and torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu"):
+        _check.tensor("y", y)
         wider = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(wider), y.to(wider)
     _check.same("y", y, "x", x)

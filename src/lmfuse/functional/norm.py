@@ -18,6 +18,10 @@ from lmfuse.functional import _check
 
 _rms_norm = ops.rms_norm.default
 _layer_norm = ops.layer_norm.default
+_add_rms_norm = ops.add_rms_norm.default
+_add_rms_norm_ = ops.add_rms_norm_.default
+_add_layer_norm = ops.add_layer_norm.default
+_add_layer_norm_ = ops.add_layer_norm_.default
 
 
 def rms_norm(
@@ -87,16 +91,19 @@ def fast_layer_norm(
         TypeError, ValueError: an argument that cannot be; see the text of the error.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if len(shape) == 1 and hidden_states.dim() and shape[0] == hidden_states.shape[-1]:
+    n = _check.row("hidden_states", hidden_states)
+    if shape == (n,):
         return layer_norm(hidden_states, weight, bias, eps)
-    _check.tensor("hidden_states", hidden_states)
     if not shape or tuple(hidden_states.shape[-len(shape) :]) != shape:
         raise ValueError(
             f"hidden_states has shape {tuple(hidden_states.shape)}, which does not end in "
             f"normalized_shape {shape}"
         )
     for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and tuple(vector.shape) != shape:
+        if vector is None:
+            continue
+        _check.tensor(name, vector)
+        if tuple(vector.shape) != shape:
             raise ValueError(
                 f"{name} has shape {tuple(vector.shape)}, but must have normalized_shape {shape}"
             )
@@ -156,9 +163,9 @@ def add_rms_norm(
     if residual is None:
         return rms_norm(x, weight, eps, weight_offset)
     x = _residual(x, residual, add_back)
-    op = ops.add_rms_norm_.default if add_back else ops.add_rms_norm.default
-    written = (residual,) if add_back else ()
-    return cast(Tensor, call(op, x, residual, weight, eps, weight_offset, written=written))
+    if not add_back:
+        return cast(Tensor, call(_add_rms_norm, x, residual, weight, eps, weight_offset))
+    return cast(Tensor, call(_add_rms_norm_, x, residual, weight, eps, weight_offset, written=(1,)))
 
 
 def add_layer_norm(
@@ -193,9 +200,9 @@ def add_layer_norm(
     if residual is None:
         return layer_norm(x, weight, bias, eps)
     x = _residual(x, residual, add_back)
-    op = ops.add_layer_norm_.default if add_back else ops.add_layer_norm.default
-    written = (residual,) if add_back else ()
-    return cast(Tensor, call(op, x, residual, weight, bias, eps, written=written))
+    if not add_back:
+        return cast(Tensor, call(_add_layer_norm, x, residual, weight, bias, eps))
+    return cast(Tensor, call(_add_layer_norm_, x, residual, weight, bias, eps, written=(1,)))
 
 
 def _like(x: Tensor, *_: object) -> Tensor:

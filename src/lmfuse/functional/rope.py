@@ -68,13 +68,7 @@ def rotary_embedding(
     q, k = (query, key) if query.dim() == 4 else (query.unsqueeze(0), key.unsqueeze(0))
     batch, seq, _, head_dim = q.shape
     position_ids = _check_angles(sin, cos, rotary_dim, position_ids, batch, seq, head_dim)
-    if torch.is_grad_enabled() and torch.compiler.is_compiling():
-        # A traced backward passes through what was written in place; through a copy it is refused.
-        new_q, new_k = call(_rope_qk, q, k, sin, cos, position_ids, rotary_dim, rotary_half, False)
-        q.copy_(new_q)
-        k.copy_(new_k)
-        return query, key
-    call(_rope_qk_, q, k, sin, cos, position_ids, rotary_dim, rotary_half, written=(query, key))
+    call(_rope_qk_, q, k, sin, cos, position_ids, rotary_dim, rotary_half, written=(0, 1))
     return query, key
 
 

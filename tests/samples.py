@@ -1,0 +1,90 @@
+"""Sample arguments of every op, and every function: for tests that ask the same of all.
+
+A new op adds its entry to SAMPLES, or test_framework.py fails; its function goes to FUNCTIONS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfuse import functional as F
+
+
+def _x() -> Tensor:
+    return torch.randn(3, 5, 36)
+
+
+def _strided() -> Tensor:
+    return torch.randn(5, 3, 40, dtype=torch.bfloat16).transpose(0, 1)[..., 2:38]
+
+
+def _w() -> Tensor:
+    return torch.randn(36)
+
+
+def _heads(heads: int) -> Tensor:
+    return torch.randn(2, 3, heads, 16)
+
+
+def _angles() -> tuple[Tensor, Tensor]:
+    angles = torch.rand(9, 8)
+    return angles.sin(), angles.cos()
+
+
+# Name of the op: lists of arguments, made anew at each call as some are written.
+SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "rms_norm": lambda: [(_x(), _w(), 1e-6, 0.0), (_strided(), None, 1e-6, 1.0)],
+    "layer_norm": lambda: [(_x(), _w(), _w(), 1e-5), (_strided(), _w(), None, 1e-5)],
+    "add_rms_norm": lambda: [
+        (_x(), _x(), _w(), 1e-6, 0.0),
+        (_strided(), _strided(), None, 1e-6, 1.0),
+    ],
+    "add_rms_norm_": lambda: [
+        (_x(), _x(), _w(), 1e-6, 0.0),
+        (_strided(), _strided(), None, 1e-6, 1.0),
+    ],
+    "add_layer_norm": lambda: [
+        (_x(), _x(), _w(), _w(), 1e-5),
+        (_strided(), _strided(), _w(), None, 1e-5),
+    ],
+    "add_layer_norm_": lambda: [
+        (_x(), _x(), _w(), _w(), 1e-5),
+        (_strided(), _strided(), _w(), None, 1e-5),
+    ],
+    "rope": lambda: [(_heads(4), *_angles(), None, 16, True, False)],
+    "rope_qk": lambda: [
+        (_heads(4), _heads(2), *_angles(), torch.tensor([[3, 4, 0], [1, 1, 7]]), 16, True, False),
+        (_heads(4), _heads(2), *_angles(), None, 6, False, False),
+    ],
+    "rope_qk_": lambda: [(_heads(4), _heads(2), *_angles(), torch.tensor([5]), 16, False)],
+    "rope_qkv": lambda: [(torch.randn(2, 3, 128), *_angles(), None, 4, 16, 10, True)],
+    "silu_mul": lambda: [(_x(), _x()), (_strided(), _strided())],
+    "gelu_mul": lambda: [(_x(), _x(), False), (_strided(), _strided(), True)],
+}
+
+# Ops whose functions are not there yet; whoever adds the function moves the op to SAMPLES.
+PENDING = {"linear", "linear_gate_up", "linear_pack", "linear_unpack"}
+
+# Functions of x, a tensor [..., n] that does not require grad, and of a weight [n].
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "rms_norm": lambda x, w: F.rms_norm(x, w),
+    "layer_norm": lambda x, w: F.layer_norm(x, w, w),
+    "fast_layer_norm": lambda x, w: F.fast_layer_norm(x, w.shape, w, w),
+    "add_rms_norm": lambda x, w: F.add_rms_norm(x + 1, x, w),
+    "add_rms_norm add_back": lambda x, w: _with_residual(F.add_rms_norm, x, w),
+    "add_layer_norm": lambda x, w: F.add_layer_norm(x + 1, x, w, w),
+    "add_layer_norm add_back": lambda x, w: _with_residual(F.add_layer_norm, x, w),
+    "silu_mul": lambda x, w: F.silu_mul(x, x * w),
+    "gelu_mul": lambda x, w: F.gelu_mul(x, x * w),
+    "gelu_mul tanh": lambda x, w: F.gelu_mul(x, x * w, approximate="tanh"),
+}
+
+
+def _with_residual(function: Callable[..., Tensor], x: Tensor, w: Tensor) -> Tensor:
+    residual = x + 1
+    y = function(residual, x, w, None, add_back=True)
+    return y + 2 * residual

@@ -4,8 +4,7 @@ namespace lmfuse {
 namespace {
 
 Tensor gated(Tensor gate, Tensor up, Activation activation) {
-  LMFUSE_CHECK(gate.is_cpu() && up.is_cpu() && same_sizes(gate, up) &&
-                   gate.scalar_type() == up.scalar_type(),
+  LMFUSE_CHECK(gate.is_cpu() && up.is_cpu() && same_sizes(gate, up) && same_type(gate, up),
                "x and y must be CPU tensors of one shape and dtype");
   Tensor y = new_like(gate);
   if (y.numel() == 0) return y;

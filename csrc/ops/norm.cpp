@@ -12,8 +12,7 @@ Tensor norm(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weig
   if (y.numel() == 0) return y;
 
   if (residual)
-    LMFUSE_CHECK(residual->is_cpu() && same_sizes(*residual, x) &&
-                     residual->scalar_type() == x.scalar_type(),
+    LMFUSE_CHECK(residual->is_cpu() && same_sizes(*residual, x) && same_type(*residual, x),
                  "residual must have the shape and dtype of x");
   if (add_back) {
     // What is read must not change while the residual is written; one and the same place is fine.
@@ -34,8 +33,9 @@ Tensor norm(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weig
   }
   if (weight) a.weight = as_vector(*weight, n, "weight");
   if (bias) {
+    dtype(*bias, "bias");
     // One type for both in the kernel; fp32 holds either exactly.
-    if (weight && bias->scalar_type() != weight->scalar_type()) {
+    if (weight && !same_type(*bias, *weight)) {
       weight = torch::stable::to(*weight, ScalarType::Float);
       bias = torch::stable::to(*bias, ScalarType::Float);
       a.weight = as_vector(*weight, n, "weight");

@@ -47,10 +47,10 @@ struct Table {
   RopeArgs args(const Heads& g) & {
     RopeArgs a{};
     const int64_t dim = sin.dim(), rows = sin.size(dim - 2), width = sin.size(dim - 1);
-    LMFUSE_CHECK(sin.is_cpu() && same_sizes(sin, cos) && sin.scalar_type() == cos.scalar_type() &&
-                     (dim == 2 || dim == 3),
-                 "sin and cos must be CPU tensors of one shape and dtype, [rows, width] or "
-                 "[batch, seq, width]");
+    LMFUSE_CHECK(
+        sin.is_cpu() && same_sizes(sin, cos) && same_type(sin, cos) && (dim == 2 || dim == 3),
+        "sin and cos must be CPU tensors of one shape and dtype, [rows, width] or "
+        "[batch, seq, width]");
     LMFUSE_CHECK(
         rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= g.dim && 2 * width >= rotary_dim,
         "rotary_dim ", rotary_dim, " must be even, at most head_dim ", g.dim,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,16 +14,24 @@ _silu_mul = ops.silu_mul.default
 _gelu_mul = ops.gelu_mul.default
 
 
-def _pair(x: Tensor, y: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    _check.row("x", x)
+def _gated(op: Any, x: Tensor, y: Tensor, out: Tensor | None, *args: Any) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
+        _check.tensor("x", x)
         _check.tensor("y", y)
         wider = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(wider), y.to(wider)
-    _check.same("y", y, "x", x)
     if out is not None:
+        _check_pair(x, y)
         _check.same("out", out, "x", x)
-    return x, y
+    result = cast(Tensor, call(op, x, y, *args, check=_check_pair))
+    if out is not None:
+        out.copy_(result)
+    return result
+
+
+def _check_pair(x: Tensor, y: Tensor, *_: object) -> None:
+    _check.row("x", x)
+    _check.same("y", y, "x", x)
 
 
 def silu_mul(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
@@ -40,11 +48,7 @@ def silu_mul(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: an argument that cannot be; see the text of the error.
     """
-    x, y = _pair(x, y, out)
-    result = cast(Tensor, call(_silu_mul, x, y))
-    if out is not None:
-        out.copy_(result)
-    return result
+    return _gated(_silu_mul, x, y, out)
 
 
 def gelu_mul(x: Tensor, y: Tensor, out: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -67,18 +71,16 @@ def gelu_mul(x: Tensor, y: Tensor, out: Tensor | None = None, approximate: str =
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f'approximate is {approximate!r}, but must be "none" or "tanh"')
-    x, y = _pair(x, y, out)
-    result = cast(Tensor, call(_gelu_mul, x, y, approximate == "tanh"))
-    if out is not None:
-        out.copy_(result)
-    return result
+    return _gated(_gelu_mul, x, y, out, approximate == "tanh")
 
 
 @register_fake("silu_mul")
 def _(x: Tensor, y: Tensor) -> Tensor:
+    _check_pair(x, y)
     return x.new_empty(x.shape)
 
 
 @register_fake("gelu_mul")
 def _(x: Tensor, y: Tensor, tanh: bool) -> Tensor:
+    _check_pair(x, y)
     return x.new_empty(x.shape)

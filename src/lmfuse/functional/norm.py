@@ -7,7 +7,7 @@ dtypes than the input. Inference only: a backward raises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -43,9 +43,8 @@ def rms_norm(
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
-    n = _check.row("hidden_states", hidden_states)
-    _check.vector("weight", weight, n, "hidden_states")
-    return cast(Tensor, call(_rms_norm, hidden_states, weight, eps, weight_offset))
+    args = (hidden_states, weight, eps, weight_offset)
+    return cast(Tensor, call(_rms_norm, *args, check=_check_rms_norm))
 
 
 def layer_norm(
@@ -66,10 +65,9 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016.
     """
-    n = _check.row("hidden_states", hidden_states)
-    _check.vector("weight", weight, n, "hidden_states")
-    _check.vector("bias", bias, n, "hidden_states")
-    return cast(Tensor, call(_layer_norm, hidden_states, weight, bias, eps))
+    return cast(
+        Tensor, call(_layer_norm, hidden_states, weight, bias, eps, check=_check_layer_norm)
+    )
 
 
 def fast_layer_norm(
@@ -117,12 +115,13 @@ def fast_layer_norm(
 
 
 def _residual(x: Tensor, residual: Tensor, add_back: bool) -> Tensor:
-    """x in the dtype of the residual, both checked."""
-    _check.tensor("residual", residual)
-    if x.dtype != residual.dtype and torch.is_autocast_enabled("cpu"):
+    """x in the dtype of the residual under autocast; the residual is one that can be written."""
+    if torch.is_autocast_enabled("cpu"):
+        _check.tensor("x", x)
+        _check.tensor("residual", residual)
         x = x.to(residual.dtype)
-    _check.same("residual", residual, "x", x)
     if add_back:
+        _check.tensor("residual", residual)
         _check.writable("residual", residual)
     return x
 
@@ -158,14 +157,12 @@ def add_rms_norm(
     """
     if bias is not None:
         raise ValueError("bias must be None: RMS norm has none")
-    n = _check.row("x", x)
-    _check.vector("weight", weight, n, "x")
     if residual is None:
         return rms_norm(x, weight, eps, weight_offset)
-    x = _residual(x, residual, add_back)
+    args = (_residual(x, residual, add_back), residual, weight, eps, weight_offset)
     if not add_back:
-        return cast(Tensor, call(_add_rms_norm, x, residual, weight, eps, weight_offset))
-    return cast(Tensor, call(_add_rms_norm_, x, residual, weight, eps, weight_offset, written=(1,)))
+        return cast(Tensor, call(_add_rms_norm, *args, check=_check_add_rms_norm))
+    return cast(Tensor, call(_add_rms_norm_, *args, written=(1,), check=_check_add_rms_norm))
 
 
 def add_layer_norm(
@@ -194,27 +191,49 @@ def add_layer_norm(
     Raises:
         TypeError, ValueError: an argument that cannot be; see the text of the error.
     """
-    n = _check.row("x", x)
-    _check.vector("weight", weight, n, "x")
-    _check.vector("bias", bias, n, "x")
     if residual is None:
         return layer_norm(x, weight, bias, eps)
-    x = _residual(x, residual, add_back)
+    args = (_residual(x, residual, add_back), residual, weight, bias, eps)
     if not add_back:
-        return cast(Tensor, call(_add_layer_norm, x, residual, weight, bias, eps))
-    return cast(Tensor, call(_add_layer_norm_, x, residual, weight, bias, eps, written=(1,)))
+        return cast(Tensor, call(_add_layer_norm, *args, check=_check_add_layer_norm))
+    return cast(Tensor, call(_add_layer_norm_, *args, written=(1,), check=_check_add_layer_norm))
 
 
-def _like(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape)
+def _check_rms_norm(hidden_states: Tensor, weight: Tensor | None, *_: object) -> None:
+    n = _check.row("hidden_states", hidden_states)
+    _check.vector("weight", weight, n, "hidden_states")
 
 
-for _name in (
-    "rms_norm",
-    "layer_norm",
-    "add_rms_norm",
-    "add_rms_norm_",
-    "add_layer_norm",
-    "add_layer_norm_",
-):
-    register_fake(_name)(_like)
+def _check_layer_norm(
+    hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None, *_: object
+) -> None:
+    _check_rms_norm(hidden_states, weight)
+    _check.vector("bias", bias, hidden_states.shape[-1], "hidden_states")
+
+
+def _check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, *_: object) -> None:
+    n = _check.row("x", x)
+    _check.vector("weight", weight, n, "x")
+    _check.same("residual", residual, "x", x)
+
+
+def _check_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, *_: object
+) -> None:
+    _check_add_rms_norm(x, residual, weight)
+    _check.vector("bias", bias, x.shape[-1], "x")
+
+
+def _fake(name: str, check: Callable[..., None]) -> None:
+    @register_fake(name)
+    def _(x: Tensor, *args: object) -> Tensor:
+        check(x, *args)
+        return x.new_empty(x.shape)
+
+
+_fake("rms_norm", _check_rms_norm)
+_fake("layer_norm", _check_layer_norm)
+_fake("add_rms_norm", _check_add_rms_norm)
+_fake("add_rms_norm_", _check_add_rms_norm)
+_fake("add_layer_norm", _check_add_layer_norm)
+_fake("add_layer_norm_", _check_add_layer_norm)

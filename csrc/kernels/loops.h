@@ -32,6 +32,20 @@ LMFUSE_INLINE void with_type(DType t, F f) {
   }
 }
 
+// Calls f with the constant b.
+template <bool B>
+struct Flag {
+  static constexpr bool value = B;
+};
+template <class F>
+LMFUSE_INLINE void with_flag(bool b, F f) {
+  if (b) {
+    f(Flag<true>{});
+  } else {
+    f(Flag<false>{});
+  }
+}
+
 // Calls f with the constant n, 1 <= n <= N.
 template <int N>
 struct Count {

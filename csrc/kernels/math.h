@@ -7,12 +7,14 @@
 namespace lmfuse::LMFUSE_ISA {
 namespace {
 
-// e^x to 1.5 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, e^r by a polynomial of degree 6 (Cephes).
-// The clamp lies just outside of the range where e^x is neither 0 nor infinite. NaN passes through
-// min and max because they return their second operand then.
+// e^x for x <= 88, to 1.5 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, e^r by a polynomial of degree 7
+// (Cephes). Whoever calls it has a sum of such terms in mind and subtracts the largest first. The
+// clamp lies just below the range where e^x is not 0; NaN passes max, being its second operand.
+// 1.5 * 2^23 leaves a sum no fraction bits, which rounds to nearest in fewer steps than round().
 LMFUSE_INLINE Vec exp(Vec x) {
-  x = min(broadcast(89.0f), max(broadcast(-104.0f), x));
-  const Vec n = round(x * broadcast(1.44269504088896341f));
+  const Vec magic = broadcast(12582912.0f);
+  x = max(broadcast(-104.0f), x);
+  const Vec n = fma(x, broadcast(1.44269504088896341f), magic) - magic;
   // ln 2 in two parts; n times the first is exact.
   Vec r = fma(n, broadcast(-0.693359375f), x);
   r = fma(n, broadcast(2.12194440e-4f), r);

@@ -43,8 +43,12 @@ LMFUSE_INLINE Vec scale2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 LMFUSE_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 LMFUSE_INLINE float max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
+// Word i to the upper half of lane i, by one permutation; widening and shifting take two steps.
 LMFUSE_INLINE Vec widen(__m256i bits, bf16_t) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0,
+                                         6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  return {_mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, upper, _mm512_castsi256_si512(bits)))};
 }
 LMFUSE_INLINE Vec widen(__m256i bits, f16_t) { return {_mm512_cvtph_ps(bits)}; }
 

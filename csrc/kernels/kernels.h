@@ -97,6 +97,15 @@ struct PackArgs {
   int64_t n, k;
 };
 
+// y[i] = row rows[i] of a packed weight.
+struct UnpackRowsArgs {
+  const void* packed;
+  const int64_t* rows;
+  void* y;
+  DType dtype;
+  int64_t k;
+};
+
 // What is done to the fp32 accumulators z before the one rounding; u, v: other operands.
 enum class PostOp : int8_t {
   none,       // z
@@ -164,17 +173,18 @@ struct PeakArgs {
 };
 
 //                          name   arguments   begin and end count
-#define LMFUSE_KERNELS(K)                                          \
-  K(norm, NormArgs)          /* rows */                            \
-  K(gated, GatedArgs)        /* rows */                            \
-  K(rope, RopeArgs)          /* tokens, that is b * seq_len + s */ \
-  K(pack, PackArgs)          /* panels */                          \
-  K(unpack, PackArgs)        /* panels */                          \
-  K(gemm_rows, GemmRowsArgs) /* rows */                            \
-  K(gemm, GemmArgs)          /* panels of row blocks */            \
-  K(limit_read, ReadArgs)    /* pages */                           \
-  K(limit_copy, CopyArgs)    /* pages */                           \
-  K(limit_peak, PeakArgs)    /* threads */
+#define LMFUSE_KERNELS(K)                                              \
+  K(norm, NormArgs)              /* rows */                            \
+  K(gated, GatedArgs)            /* rows */                            \
+  K(rope, RopeArgs)              /* tokens, that is b * seq_len + s */ \
+  K(pack, PackArgs)              /* panels */                          \
+  K(unpack, PackArgs)            /* panels */                          \
+  K(unpack_rows, UnpackRowsArgs) /* rows */                            \
+  K(gemm_rows, GemmRowsArgs)     /* rows */                            \
+  K(gemm, GemmArgs)              /* panels of row blocks */            \
+  K(limit_read, ReadArgs)        /* pages */                           \
+  K(limit_copy, CopyArgs)        /* pages */                           \
+  K(limit_peak, PeakArgs)        /* threads */
 
 struct Kernels {
   GemmFormat (*gemm_format)(DType weight, int64_t m, int64_t k);

@@ -68,6 +68,18 @@ void unpack_panel(const PackArgs& a, const Layout& l, int64_t panel) {
   }
 }
 
+template <class Word>
+void unpack_row(const UnpackRowsArgs& a, const Layout& l, int64_t i) {
+  const int64_t panel = a.rows[i] / kPanel, channel = a.rows[i] % kPanel;
+  const Word* from = static_cast<const Word*>(a.packed) + panel * kPanel * l.k_words + channel;
+  char* to = static_cast<char*>(a.y) + i * l.k_bytes;
+  const int64_t words = l.k_bytes / static_cast<int64_t>(sizeof(Word));
+  for (int64_t w = 0; w < words; ++w)
+    __builtin_memcpy(to + w * sizeof(Word), from + w * kPanel, sizeof(Word));
+  const int64_t rest = l.k_bytes - words * static_cast<int64_t>(sizeof(Word));
+  if (rest) __builtin_memcpy(to + words * sizeof(Word), from + words * kPanel, rest);
+}
+
 }  // namespace
 
 void pack(const PackArgs& a, int64_t begin, int64_t end) {
@@ -88,6 +100,17 @@ void unpack(const PackArgs& a, int64_t begin, int64_t end) {
       unpack_panel<uint32_t>(a, l, panel);
     } else {
       unpack_panel<uint16_t>(a, l, panel);
+    }
+  }
+}
+
+void unpack_rows(const UnpackRowsArgs& a, int64_t begin, int64_t end) {
+  const Layout l(a.dtype, a.k);
+  for (int64_t i = begin; i < end; ++i) {
+    if (l.word == 4) {
+      unpack_row<uint32_t>(a, l, i);
+    } else {
+      unpack_row<uint16_t>(a, l, i);
     }
   }
 }

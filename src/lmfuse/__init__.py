@@ -1,18 +1,22 @@
 """lmfuse: fused language-model modules for CPUs, for stock PyTorch and transformers."""
 
 from lmfuse import functional, modules
+from lmfuse._auto_kernel_selection import FP32MathMode, get_fp32_math_mode, set_fp32_math_mode
 from lmfuse.hf import optimize, restore
 from lmfuse.isa import available_isas, isa, set_isa, use_isa
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FP32MathMode",
     "available_isas",
     "functional",
+    "get_fp32_math_mode",
     "isa",
     "modules",
     "optimize",
     "restore",
+    "set_fp32_math_mode",
     "set_isa",
     "use_isa",
 ]

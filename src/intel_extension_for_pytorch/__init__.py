@@ -9,9 +9,28 @@ from lmfuse import _alias
 
 _alias.refuse_beside_ipex()
 
-from intel_extension_for_pytorch import llm  # noqa: E402  (after the check, which must speak first)
+from intel_extension_for_pytorch import cpu, llm  # noqa: E402  (after the check, which must speak first)
+from intel_extension_for_pytorch.cpu._auto_kernel_selection import (  # noqa: E402
+    _disable_dnnl,
+    _enable_dnnl,
+    _using_dnnl,
+)
+from lmfuse._auto_kernel_selection import (  # noqa: E402
+    FP32MathMode,
+    get_fp32_math_mode,
+    set_fp32_math_mode,
+)
 
 __version__ = _alias.VERSION
-__all__ = ["llm"]
+__all__ = [
+    "FP32MathMode",
+    "_disable_dnnl",
+    "_enable_dnnl",
+    "_using_dnnl",
+    "cpu",
+    "get_fp32_math_mode",
+    "llm",
+    "set_fp32_math_mode",
+]
 
 __getattr__, __dir__ = _alias.names(__name__, {"optimize": "lmfuse"})

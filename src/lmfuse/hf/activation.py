@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lmfuse import functional
 from lmfuse.hf import swap
+from lmfuse.modules.linear_fusion import concat, joinable, silu_gate_up
 
 _GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu_mul": functional.silu_mul,
@@ -36,8 +37,12 @@ class FusedMLP(swap.Fused):
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         if "gate_up_proj" in self._modules:
             gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        elif self.fused_gated == "silu_mul" and joinable(self.gate_proj, self.up_proj):
+            return self.down_proj(  # type: ignore[no-any-return]
+                silu_gate_up(hidden_states, self.gate_proj, self.up_proj)
+            )
         else:
-            gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+            gate, up = concat(hidden_states, self.gate_proj, self.up_proj)
         return self.down_proj(_GATED[self.fused_gated](gate, up))  # type: ignore[no-any-return]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lmfuse.hf import activation, norm, rope, swap
+from lmfuse.hf import activation, linear, norm, rope, swap
+from lmfuse.modules.pack import unpack_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,8 +20,27 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _REPORT = "_lmfuse_report"
 
 
-def optimize(model: Model, dtype: torch.dtype | None = None, inplace: bool = False) -> Model:
-    """The same model, with its norms, gated activations and RoPE fused.
+def optimize(
+    model: Model,
+    dtype: torch.dtype | None = None,
+    optimizer: None = None,
+    level: str = "O1",
+    inplace: bool = False,
+    conv_bn_folding: bool | None = None,
+    linear_bn_folding: bool | None = None,
+    weights_prepack: bool | None = None,
+    replace_dropout_with_identity: bool | None = None,
+    optimize_lstm: bool | None = None,
+    split_master_weight_for_bf16: bool | None = None,
+    fuse_update_step: bool | None = None,
+    auto_kernel_selection: bool | None = None,
+    sample_input: Any = None,
+    graph_mode: bool | None = None,
+    concat_linear: bool | None = None,
+) -> Model:
+    """The same model, with its linear layers packed and its norms, gated MLPs and RoPE fused.
+
+    The arguments are those of `ipex.optimize`, in its order.
 
     Modules are found by their shape, and accepted only if the fused form gives what the module's
     own forward gives on random inputs; all others stay stock, and `lmfuse.hf.report` tells why. A
@@ -33,30 +53,58 @@ def optimize(model: Model, dtype: torch.dtype | None = None, inplace: bool = Fal
         model: any nn.Module in eval mode, with its parameters on the CPU.
         dtype: cast the floating parameters to float32, bfloat16 or float16. Buffers, such as RoPE's
             frequencies, and what transformers itself keeps in float32, stay as they are.
-        inplace: change and return `model` itself rather than a deep copy.
+        optimizer: must be None; lmfuse is for inference.
+        level: "O1", or "O0", which packs nothing unless weights_prepack is True.
+        inplace: change and return `model` itself rather than a deep copy. Only so do the model and
+            its packed form never exist together: the plain weight of a layer is freed before the
+            next is packed.
+        weights_prepack: pack the linear layers (`lmfuse.modules.Linear`); None for what level says.
+        auto_kernel_selection: measure, once for each shape, dtype and number of threads, lmfuse's
+            kernel and torch's on one and on 256 rows, and leave layers whose times torch's kernel
+            makes shorter in the geometric mean as they are: there is one copy of a weight, in one
+            layout, so one kernel for any number of rows. None for False, or what
+            `_auto_kernel_selection._enable_dnnl` said; without effect after its `_enable_tpp`.
+        concat_linear: accepted: gate and up projections are always read in one walk, each from its
+            own packed weight, so that nothing is concatenated.
+        replace_dropout_with_identity, sample_input: accepted: dropout does nothing in eval mode,
+            and the packed layout depends on no input.
+        conv_bn_folding, linear_bn_folding, optimize_lstm, split_master_weight_for_bf16,
+            fuse_update_step, graph_mode: ignored, with one warning if True.
 
     Returns:
         The optimized model. `restore` undoes it, except for `dtype`.
 
     Raises:
         TypeError: not an nn.Module, or a dtype other than the three.
-        ValueError: a model in training mode, with parameters elsewhere than on the CPU, or
-            quantized and given a dtype. After any exception `model` is as before.
+        ValueError: an optimizer, an unknown level, a model in training mode, with parameters
+            elsewhere than on the CPU, or quantized and given a dtype. After any exception `model`
+            is as before (but cast to `dtype`, if it was packing that failed).
     """
     _check(model, dtype)
+    idle = {
+        "conv_bn_folding": conv_bn_folding,
+        "linear_bn_folding": linear_bn_folding,
+        "optimize_lstm": optimize_lstm,
+        "split_master_weight_for_bf16": split_master_weight_for_bf16,
+        "fuse_update_step": fuse_update_step,
+        "graph_mode": graph_mode,
+    }
+    linear.check_arguments(level, optimizer, idle)
     if not inplace:
         model = copy.deepcopy(model)
     before = {module: type(module) for module in model.modules()}
     try:
         done = _swap_all(model)
         if dtype is not None:
-            _cast(model, dtype)  # last: all before it can be undone
+            _cast(model, dtype)  # late: all before it can be undone
+        if weights_prepack or (weights_prepack is None and level == "O1"):
+            linear.pack(model, done, auto_kernel_selection)
     except BaseException:
         for module, kind in before.items():
             module.__class__ = kind
         raise
     setattr(model, _REPORT, done)
-    if not done.replaced:
+    if not done.replaced and not done.packed:
         warnings.warn(
             f"lmfuse.optimize found nothing to replace in {type(model).__name__}: it stays stock",
             stacklevel=2,
@@ -65,9 +113,10 @@ def optimize(model: Model, dtype: torch.dtype | None = None, inplace: bool = Fal
 
 
 def restore(model: Model) -> Model:
-    """Undoes `optimize` on `model` itself: every module has its stock class again.
+    """Undoes `optimize` on `model` itself: every module has its stock class and plain weight again.
 
-    Weights are not touched: a model that `optimize` cast to another dtype keeps it.
+    Weights come back bit for bit, in the dtype that they had when they were packed: a model that
+    `optimize` cast keeps that dtype. They no longer require grad: call `requires_grad_()` to train.
 
     Returns:
         `model`.
@@ -76,6 +125,7 @@ def restore(model: Model) -> Model:
         TypeError: not an nn.Module.
     """
     _check_module(model)
+    unpack_model(model)
     swap.give_back(model)
     vars(model).pop(_REPORT, None)
     return model

@@ -70,9 +70,10 @@ class Swap:
 
 @dataclass
 class Report:
-    """What `optimize` did: module name -> what it became, or why it stayed stock."""
+    """What `optimize` did: module name -> what it became, how packed, or why it stayed stock."""
 
     replaced: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, str] = field(default_factory=dict)
     stock: dict[str, str] = field(default_factory=dict)
 
 

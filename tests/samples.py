@@ -26,6 +26,10 @@ def _w() -> Tensor:
     return torch.randn(36)
 
 
+def _packed() -> Tensor:
+    return F.pack_linear(torch.randn(45, 36)).packed
+
+
 def _heads(heads: int) -> Tensor:
     return torch.randn(2, 3, heads, 16)
 
@@ -55,6 +59,15 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (_x(), _x(), _w(), _w(), 1e-5),
         (_strided(), _strided(), _w(), None, 1e-5),
     ],
+    "linear_pack": lambda: [(_x()[0],), (_strided()[1],)],
+    "linear_unpack": lambda: [(_packed(), 45, 36, torch.float32)],
+    "linear_rows": lambda: [(_packed(), torch.tensor([[3, 44], [0, 3]]), 36, torch.float32)],
+    "linear": lambda: [
+        (_x(), _packed(), torch.randn(45), 45, 4, None, None),
+        (_x(), _packed(), None, 45, 7, torch.randn(3, 5, 45), torch.randn(3, 5, 45)),
+    ],
+    "linear_gate_up": lambda: [(_x(), _packed(), _packed(), torch.randn(45), None, 45)],
+    "linear_concat": lambda: [(_x(), [_packed(), _packed()], [torch.randn(45)], 1, 90)],
     "rope": lambda: [(_heads(4), *_angles(), None, 16, True, False)],
     "rope_qk": lambda: [
         (_heads(4), _heads(2), *_angles(), torch.tensor([[3, 4, 0], [1, 1, 7]]), 16, True, False),
@@ -67,7 +80,7 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
 }
 
 # Ops whose functions are not there yet; whoever adds the function moves the op to SAMPLES.
-PENDING = {"linear", "linear_gate_up", "linear_pack", "linear_unpack"}
+PENDING: set[str] = set()
 
 # Functions of x, a tensor [..., n] that does not require grad, and of a weight [n].
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -1,6 +1,7 @@
 // The limits of the machine as ops: each does its work once on torch's own threads, Python times
 // it.
 #include "common.h"
+#include "memory.h"
 
 namespace lmfuse {
 namespace {
@@ -12,6 +13,12 @@ int64_t pages(const Tensor& t, const char* name) {
                name, " must be a contiguous, aligned CPU tensor of float32, a multiple of ", kPage,
                " elements");
   return t.numel() / kPage;
+}
+
+// In large pages, like the weights that are compared with it.
+Tensor buffer(int64_t elements) {
+  LMFUSE_CHECK(elements > 0, "elements must be positive");
+  return new_large_pages(elements * static_cast<int64_t>(sizeof(float)));
 }
 
 void read(Tensor x) {
@@ -46,6 +53,7 @@ void peak(Tensor operations, int64_t unit, int64_t rounds) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
+  m.def("limit_buffer(int elements) -> Tensor");
   m.def("limit_read(Tensor x) -> ()");
   m.def("limit_copy(Tensor x, Tensor(a!) y, bool stream) -> ()");
   m.def("limit_peak(Tensor(a!) operations, int unit, int rounds) -> ()");
@@ -55,6 +63,11 @@ STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) {
   m.impl("limit_read", TORCH_BOX(&read));
   m.impl("limit_copy", TORCH_BOX(&copy));
   m.impl("limit_peak", TORCH_BOX(&peak));
+}
+
+// No tensor tells it which device it belongs to.
+STABLE_TORCH_LIBRARY_IMPL(lmfuse, CompositeExplicitAutograd, m) {
+  m.impl("limit_buffer", TORCH_BOX(&buffer));
 }
 
 }  // namespace lmfuse

@@ -112,13 +112,13 @@ def paired(run: Run, moved: int, probe: Probe, slices: int = 9) -> tuple[Timing,
 
 def read_probe() -> Probe:
     """A prefetching read loop over a buffer far larger than the caches."""
-    x = torch.ones(_PROBE_BYTES // 4)
+    x = limits.buffer(_PROBE_BYTES // 4)
     return Probe(lambda: limits.read(x), x.nbytes)
 
 
 def copy_probe() -> Probe:
     """The better of two copy loops, with ordinary stores and around the caches."""
-    x, y = torch.ones(_PROBE_BYTES // 4), torch.ones(_PROBE_BYTES // 4)
+    x, y = limits.buffer(_PROBE_BYTES // 4), limits.buffer(_PROBE_BYTES // 4)
 
     def copy(stream: bool) -> Run:
         return lambda: limits.copy(x, y, stream)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lmfuse
 from lmfuse import bench
-from lmfuse.bench import limits
+from lmfuse.bench import limits, linear
 from lmfuse.bench.case import Case, MismatchError
 from lmfuse.bench.limits import Probe, Timing
 from lmfuse.bench.norm import llama_rms_norm
@@ -22,8 +22,9 @@ from lmfuse.bench.rope import gptj_rope, llama_rope
 from lmfuse.bench.runner import Runner
 from lmfuse.functional import limits as loops
 
-# A stream and a prompt often become the same small case.
-SMALL = {str(case.small()): case.small() for stem in bench.STEMS for case in bench.cases(stem)}
+# A stream and a prompt often become the same small case. Linear layers do not become small so.
+ROWS = [case for stem in ("norm", "activation", "rope") for case in bench.cases(stem)]
+SMALL = {str(case.small()): case.small() for case in ROWS}
 KERNELS = Path(__file__).parents[1] / "csrc" / "kernels"
 
 
@@ -34,7 +35,19 @@ def test_every_case_is_right(case: Case, isa: str) -> None:
         case.check(case.inputs())
 
 
-STREAMS = [case for stem in bench.STEMS for case in bench.cases(stem) if case.kind == "stream"]
+@pytest.mark.parametrize("post", [None, "gelu", "silu_mul"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linear_cases_are_right(dtype: torch.dtype, post: str | None) -> None:
+    """Also when each call takes another copy of the weight."""
+    case = replace(linear.case(20, 70, 96, dtype, post), shape=(20, 96))
+    inputs = case.inputs()
+    for _ in range(3):
+        case.check(inputs)
+    assert {c.limit for c in bench.cases("linear")} == {"roof", "cached"}
+    assert case.bytes(inputs) == sum(t.nbytes for t in inputs) + 20 * 70 * dtype.itemsize
+
+
+STREAMS = [case for case in ROWS if case.kind == "stream"]
 
 
 @pytest.mark.parametrize("case", STREAMS, ids=str)

@@ -1,6 +1,6 @@
 """Benchmarks: each op checked first, then timed against stock torch and the limits of the machine.
 
-A module per stem (norm, activation, rope) holds a list `CASES`; the tests check the same cases.
+A module per stem (norm, activation, rope, linear) holds a list `CASES`; the tests check them too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from importlib import import_module
 
 from lmfuse.bench.case import Case
 
-STEMS = ("norm", "activation", "rope")
+STEMS = ("norm", "activation", "rope", "linear")
 
 
 def cases(stem: str) -> list[Case]:

@@ -21,16 +21,19 @@ class Case:
 
     Attributes:
         name: of the op.
-        kind: "stream" (far larger than the caches), "prompt" (some hundred tokens) or "row" (one
-            decoding step, where the call itself counts).
+        kind: "stream" (far larger than the caches), "prompt" (some hundred tokens), "decode" (a
+            few rows over a large weight) or "row" (one row, where the call itself counts).
         shape, dtype: of the first input.
         make: (shape, dtype) -> inputs. A tensor of as many dimensions as `shape` has rows of its
             own for each entry of the first dimension; all others are shared.
         run: through lmfuse.
         stock: as transformers or torch compute it.
         reference: the formula, for float64.
-        limit: what bounds a stream: "copy" or "read"; None if the data stay in a cache.
+        limit: what bounds it: "copy" or "read" (bandwidth of the memory), "cached" (of reading the
+            same bytes again and again), "roof" (reading or arithmetic, whichever takes longer
+            here); None if the data stay in a cache.
         flops: multiplications and additions of one run, where they are what counts.
+        accuracy: the relative error that fp32 arithmetic may have.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Case:
     reference: Formula
     limit: str | None = None
     flops: int = 0
+    accuracy: float = 4e-6
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -67,14 +71,16 @@ class Case:
     @property
     def tolerance(self) -> float:
         """The largest `error` allowed: one rounding to the dtype, or the fp32 arithmetic."""
-        return max(0.51 * torch.finfo(self.dtype).eps, 4e-6)
+        return max(0.51 * torch.finfo(self.dtype).eps, self.accuracy)
 
     def error(self, inputs: Inputs) -> float:
         """max |y - r| / (|r| + rms(r)), with y of lmfuse and r of the float64 formula."""
         step = max(1, inputs[0].numel() // _COMPARED)
 
+        rows = inputs[0].shape[0]
+
         def sample(x: Tensor) -> Tensor:
-            return x[::step] if x.dim() == len(self.shape) else x
+            return x[::step] if x.dim() == len(self.shape) and x.shape[0] == rows else x
 
         exact = _tuple(self.reference(*(sample(x).double() for x in inputs)))
         worst = 0.0

@@ -19,6 +19,7 @@ import lmfuse
 from lmfuse.functional import limits
 
 _SAMPLE = 50e-6  # seconds; a shorter sample would measure the clock
+_SLICE = 30e-3
 _PROBE_BYTES = 256 << 20
 
 Run = Callable[[], object]
@@ -51,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Probe:
-    """A loop that does nothing but move `bytes` bytes."""
+    """A loop that does nothing but move `bytes` bytes, or do so many operations."""
 
     run: Run
     bytes: int
@@ -91,15 +92,15 @@ def best_of(run: Run, *others: Run, seconds: float = 0.3) -> list[Timing]:
 def paired(run: Run, moved: int, probe: Probe, slices: int = 9) -> tuple[Timing, float]:
     """The time of `run`, and its bandwidth as a fraction of that of `probe`.
 
-    The probe runs right before and right after each slice of some 100 MB of work; the fraction is
-    the median over the slices, so that drift of the machine cancels.
+    The probe runs right before and right after each slice of some milliseconds of work; the
+    fraction is the median over the slices, so that drift of the machine cancels.
 
     Args:
-        run: moves `moved` bytes.
-        probe: of `copy_probe` or `read_probe`.
+        run: moves `moved` bytes, or does `moved` operations.
+        probe: of bytes, or of operations.
     """
-    calls = max(1, (100 << 20) // moved)
     run()
+    calls = max(1, int(_SLICE / _seconds(run, 1)))
     seconds, fractions = [], []
     before = _seconds(probe.run, 1)
     for _ in range(slices):
@@ -127,9 +128,28 @@ def copy_probe() -> Probe:
     return Probe(copy(stream.best < plain.best), 2 * x.nbytes)
 
 
+def cached_probe(size: int) -> Probe:
+    """The read loop over the same `size` bytes again and again, in each thread its part."""
+    page = 4096
+    x = limits.buffer(-(-size // page) * page // 4)
+    return Probe(lambda: limits.read(x), x.nbytes)
+
+
+def peak_probe(unit: str) -> Probe:
+    """Some milliseconds of nothing but arithmetic; see `lmfuse.functional.limits.peak`."""
+
+    def run(rounds: int) -> Run:
+        return lambda: limits.peak(unit, rounds)
+
+    rounds = 1000
+    while (seconds := _seconds(run(rounds), 1)) < _SLICE:
+        rounds = int(rounds * min(10.0, 1.2 * _SLICE / seconds))
+    return Probe(run(rounds), limits.peak(unit, rounds))
+
+
 def _peak(unit: str) -> float:
-    operations = limits.peak(unit, 100_000)
-    return operations / best_of(lambda: limits.peak(unit, 100_000))[0].best / 1e9
+    probe = peak_probe(unit)
+    return probe.bytes / best_of(probe.run)[0].best / 1e9
 
 
 def measure(read: Probe | None = None, copy: Probe | None = None) -> Limits:
@@ -150,15 +170,17 @@ def measure(read: Probe | None = None, copy: Probe | None = None) -> Limits:
     )
 
 
-def recycle_memory() -> None:
-    """Lets malloc keep what is freed, for the whole process; only where it is glibc's.
+def recycle_memory(on: bool) -> None:
+    """Lets malloc keep all that is freed, for the whole process; only where it is glibc's.
 
     A result of 256 MB would otherwise come in fresh pages each time, which the operating system
-    clears at less than half of the copy bandwidth: one would measure that instead.
+    clears at less than half of the copy bandwidth: one would measure that instead. Weights want
+    fresh pages, large ones.
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    trim_threshold, mmap_max = -1, -4  # the names of the parameters in malloc.h
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # the names of malloc.h
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(mmap_max, 0)
+    mallopt(mmap_max, 0 if on else 65536)
+    mallopt(mmap_threshold, 32 << 20)
     mallopt(trim_threshold, -1)

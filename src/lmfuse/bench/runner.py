@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import torch
 
 from lmfuse.bench.case import Case
-from lmfuse.bench.limits import Limits, Probe, best_of, copy_probe, measure, paired, read_probe
+from lmfuse.bench.limits import (
+    Limits,
+    Probe,
+    best_of,
+    cached_probe,
+    copy_probe,
+    measure,
+    paired,
+    peak_probe,
+    read_probe,
+    recycle_memory,
+)
 
 
 @dataclass(frozen=True)
@@ -39,10 +50,20 @@ class Runner:
 
     def __init__(self) -> None:
         self._probes: dict[str, Probe] = {"copy": copy_probe(), "read": read_probe()}
+        self.limits: Limits = measure(self._probes["read"], self._probes["copy"])
 
-    def limits(self) -> Limits:
-        """The limits of the machine on the active instruction set and number of threads."""
-        return measure(self._probes["read"], self._probes["copy"])
+    def _limit(self, case: Case, moved: int) -> tuple[str, Probe, int]:
+        """What bounds a case: its name, a probe of it, and how much of it one run takes."""
+        if case.limit == "cached":
+            return "cache", cached_probe(moved), moved
+        if case.limit in self._probes:
+            return case.limit, self._probes[case.limit], moved
+        unit = "bf16" if case.dtype is torch.bfloat16 else "fp32"
+        peak: float = getattr(self.limits, unit)
+        if moved / self.limits.read > case.flops / peak:
+            return "read", self._probes["read"], moved
+        unit = unit if getattr(self.limits, unit) > self.limits.fp32 else "fp32"
+        return f"{unit} peak", peak_probe(unit), case.flops
 
     @torch.no_grad()
     def run(self, stem: str, case: Case) -> Result:
@@ -51,12 +72,14 @@ class Runner:
         Raises:
             MismatchError: the op does not compute its formula.
         """
+        recycle_memory(case.kind == "stream")
         inputs = case.inputs()
         case.check(inputs)
         moved = case.bytes(inputs)
-        fraction = None
+        limit = fraction = None
         if case.limit:
-            ours, fraction = paired(lambda: case.run(*inputs), moved, self._probes[case.limit])
+            limit, probe, amount = self._limit(case, moved)
+            ours, fraction = paired(lambda: case.run(*inputs), amount, probe)
             (stock,) = best_of(lambda: case.stock(*inputs), seconds=0)
         else:
             ours, stock = best_of(lambda: case.run(*inputs), lambda: case.stock(*inputs))
@@ -70,7 +93,7 @@ class Runner:
             bytes=moved,
             gigabytes=moved / ours.median / 1e9,
             gigaflops=case.flops / ours.median / 1e9 if case.flops else None,
-            limit=case.limit,
+            limit=limit,
             fraction=fraction,
             stock_seconds=stock.median,
             ratio=stock.median / ours.median,

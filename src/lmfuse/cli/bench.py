@@ -16,7 +16,7 @@ from rich.table import Table
 import lmfuse
 from lmfuse.bench import STEMS, Case, cases
 from lmfuse.bench.case import MismatchError
-from lmfuse.bench.limits import Limits, recycle_memory
+from lmfuse.bench.limits import Limits
 from lmfuse.bench.machine import describe
 from lmfuse.bench.runner import Result, Runner
 from lmfuse.cli._console import console
@@ -36,7 +36,7 @@ def bench(
         str | None, typer.Option(help="The instruction set; the best available by default.")
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(help="Only cases of this kind: stream, prompt or row.")
+        str | None, typer.Option(help="Only cases of this kind: stream, prompt, decode or row.")
     ] = None,
 ) -> None:
     """Check each op, then time it: GB/s, fraction of the machine's limit, ratio to stock torch."""
@@ -50,7 +50,6 @@ def bench(
             raise typer.BadParameter(str(error), param_hint="--isa") from None
     if threads is not None:
         torch.set_num_threads(threads)
-    recycle_memory()
     limits, results, mismatches = _run(chosen)
     console().print(_table(limits, results))
     if json_file is not None:
@@ -79,7 +78,7 @@ def _run(chosen: list[tuple[str, Case]]) -> tuple[Limits, list[Result], list[str
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("limits of the machine", total=len(chosen) + 1)
         runner = Runner()
-        limits = runner.limits()
+        limits = runner.limits
         for stem, case in chosen:
             progress.update(task, advance=1, description=str(case))
             try:

@@ -84,12 +84,12 @@ def linear(
     """
     x = _input(x, weight)
     n = weight.out_features
-    _check.vector("bias", bias, n, "the result")
     if post not in _POSTS:
         raise ValueError(f"post is {post!r}, but must be one of {', '.join(map(str, _POSTS))}")
     if post in _OPERANDS or other is not None or other2 is not None:
         return _with_operands(x, weight, bias, cast(str, post), other, other2)
-    return _output(call(_linear, x, weight.packed, bias, n, _POSTS[post], None, None))
+    args = (x, weight.packed, bias, n, _POSTS[post], None, None)
+    return _output(call(_linear, *args, check=_check_linear))
 
 
 def linear_gate_up(
@@ -116,10 +116,8 @@ def linear_gate_up(
     _check_packed("up", up)
     if up.out_features != gate.out_features or not alike(up, gate):
         raise ValueError(f"up is {up}, but must have the shape and dtypes of gate, {gate}")
-    n = gate.out_features
-    _check.vector("gate_bias", gate_bias, n, "the result")
-    _check.vector("up_bias", up_bias, n, "the result")
-    return _output(call(_gate_up, x, gate.packed, up.packed, gate_bias, up_bias, n))
+    args = (x, gate.packed, up.packed, gate_bias, up_bias, gate.out_features)
+    return _output(call(_gate_up, *args, check=_check_gate_up))
 
 
 def linear_concat(
@@ -162,13 +160,17 @@ def _input(x: Tensor, weight: PackedWeight, name: str = "weight") -> Tensor:
     """x in the dtype in which it meets `weight`, both checked."""
     if type(weight) is not PackedWeight:
         _check_packed(name, weight)
-    k = _check.row("x", x)
-    if k != weight.in_features:
+    dtype = weight.public_dtype
+    try:
+        if x.dtype is dtype and x.shape[-1] == weight.in_features:
+            return x
+    except (AttributeError, IndexError):
+        pass
+    if _check.row("x", x) != weight.in_features:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but its last dimension must be {weight.in_features}, "
             f"the in_features of {name}"
         )
-    dtype = weight.public_dtype
     if x.dtype is not dtype:
         if torch.is_autocast_enabled("cpu"):
             return x.to(dtype)
@@ -207,10 +209,31 @@ def _with_operands(
             fits = fits and _broadcast(name, operand, shape) == shape
     n = weight.out_features
     if not fits:
-        z = _output(call(_linear, x, weight.packed, bias, n, 0, None, None))
-        return UNFUSED[post](z, *operands)
+        args = (x, weight.packed, bias, n, 0, None, None)
+        return UNFUSED[post](_output(call(_linear, *args, check=_check_linear)), *operands)
     u, v = (None if o is None else o.expand(shape) for o in (other, other2))
-    return cast(Tensor, call(_linear, x, weight.packed, bias, n, _POSTS[post], u, v))
+    args = (x, weight.packed, bias, n, _POSTS[post], u, v)
+    return cast(Tensor, call(_linear, *args, check=_check_linear))
+
+
+def _check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, *_: object
+) -> None:
+    _check.row("x", x)
+    _check.vector("bias", bias, out_features, "the result")
+
+
+def _check_gate_up(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    out_features: int,
+) -> None:
+    _check.row("x", x)
+    _check.vector("gate_bias", gate_bias, out_features, "the result")
+    _check.vector("up_bias", up_bias, out_features, "the result")
 
 
 def _broadcast(name: str, operand: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -237,6 +260,7 @@ def _(
     other: Tensor | None,
     other2: Tensor | None,
 ) -> Tensor:
+    _check_linear(x, weight, bias, out_features)
     return _fake_result(x, out_features)
 
 
@@ -249,6 +273,7 @@ def _(
     up_bias: Tensor | None,
     out_features: int,
 ) -> Tensor:
+    _check_gate_up(x, gate, up, gate_bias, up_bias, out_features)
     return _fake_result(x, out_features)
 
 

@@ -27,7 +27,9 @@ _walks = WeakIdKeyDictionary()
 
 
 def _next(weight: Tensor, copies: int, make: Callable[[Tensor], Tensor]) -> Tensor:
-    walks: dict[Callable[[Tensor], Tensor], Iterator[Tensor]] = _walks.setdefault(weight, {})
+    if weight not in _walks:
+        _walks[weight] = {}
+    walks: dict[Callable[[Tensor], Tensor], Iterator[Tensor]] = _walks[weight]
     if make not in walks:
         walks[make] = cycle([make(weight) for _ in range(copies)])
     return next(walks[make])
@@ -47,19 +49,17 @@ def case(
     item = dtype.itemsize
     copies = max(1, _COLD_BYTES // (n * k * item)) if cold else 1
     copies = min(copies, _FEW) if m > 16 else copies
-    stock_post = {None: lambda z: z, **UNFUSED}[post]
+    stock_post: Callable[..., Tensor] = UNFUSED[post] if post else lambda z: z
 
     def run(x: Tensor, weight: Tensor, *other: Tensor) -> Tensor:
         packed = _next(weight, copies, functional.pack_linear)
         return functional.linear(x, packed, None, post, *other)  # type: ignore[arg-type]
 
     def stock(x: Tensor, weight: Tensor, *other: Tensor) -> Tensor:
-        z: Tensor = stock_post(F.linear(x, _next(weight, copies, torch.clone)), *other)
-        return z
+        return stock_post(F.linear(x, _next(weight, copies, torch.clone)), *other)
 
     def reference(x: Tensor, weight: Tensor, *other: Tensor) -> Tensor:
-        z: Tensor = stock_post(F.linear(x, weight), *other)
-        return z
+        return stock_post(F.linear(x, weight), *other)
 
     name = f"linear {post or ''}".strip() + f" {n}"
     return Case(

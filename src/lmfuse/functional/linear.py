@@ -209,8 +209,7 @@ def _with_operands(
             fits = fits and _broadcast(name, operand, shape) == shape
     n = weight.out_features
     if not fits:
-        args = (x, weight.packed, bias, n, 0, None, None)
-        return UNFUSED[post](_output(call(_linear, *args, check=_check_linear)), *operands)
+        return UNFUSED[post](linear(x, weight, bias), *operands)
     u, v = (None if o is None else o.expand(shape) for o in (other, other2))
     args = (x, weight.packed, bias, n, _POSTS[post], u, v)
     return cast(Tensor, call(_linear, *args, check=_check_linear))

@@ -151,6 +151,101 @@ struct GemmArgs {
 constexpr int64_t kRowBlock = 512;  // rows that share one pass over the weight
 constexpr int64_t kPanelGroup = 8;  // panels whose accumulators wait together
 
+// Attention: out = softmax(scale q k^T + bias) v, the softmax over chunks of keys that begin at fixed
+// positions and are joined in their order. So the bits of a row depend on its query, its keys and
+// its masks, and on nothing that is computed beside it.
+constexpr int64_t kKeyChunk = 256;
+
+// How keys and values are stored: a DType, an fp8 type, or int8 with a scale for each token and
+// head.
+enum class KvType : int8_t { f32, bf16, f16, e5m2, e4m3, i8 };
+
+// The row of position p and head h begins at element
+//   data + offset of the sequence + h * stride_head + (table ? table[p / block] * stride_block : 0)
+//        + (absolute ? p : p % block) * stride_token
+// and its scale (i8 only) at the same place of scale with the strides of scale.
+struct KvSource {
+  struct Strides {
+    int64_t block, token, head;
+  };
+  const void* data;
+  KvType type;
+  Strides stride;
+  const float* scale;
+  Strides scale_stride;
+};
+
+// One sequence of a batch. Query i is at position kv_len - q_len + i.
+struct AttentionSequence {
+  int64_t query, out;                    // its first rows, in elements
+  int64_t key, value, key_scale, value_scale;  // offsets into the sources
+  int64_t q_len, kv_len;
+  const int32_t* table;
+  int64_t partial;      // where its partial results begin, in entries; -1: it has none
+  int64_t first_chunk;  // that some row sees, and how many there are
+  int64_t chunks;
+};
+
+// A piece of work for each KV head: rows [row, row + row_count) of each of seq_count sequences that
+// share the keys of the chunks [chunk, chunk + chunk_count). Rows count queries times heads of a
+// group. The sums of sequences with partial results stay apart by chunk, for attention_join.
+struct AttentionUnit {
+  int64_t seq, seq_count, row, row_count, chunk, chunk_count;
+};
+constexpr int64_t kAttentionRows = 512;  // of a unit, all sequences together
+
+// Added to the scores, or a choice among them. Elements of a row are step apart, 0 or 1.
+struct AttentionMask {
+  enum class Type : int8_t { none, boolean, f32, bf16, f16 };
+  const void* data;
+  Type type;
+  int64_t stride_seq, stride_head, stride_query, step;
+};
+
+struct AttentionArgs {
+  const void* query;
+  void* out;
+  DType dtype;  // of both
+  int64_t q_stride_s, q_stride_h, out_stride_s, out_stride_h;
+  KvSource key, value;
+  int64_t block;
+  bool absolute;
+  int64_t heads, kv_heads, dim, value_dim;
+  float scale, value_scale, softcap;   // softcap 0: none
+  int64_t window_left, window_right;   // how far a query sees
+  const float *alibi, *sinks;          // null: none; alibi_stride: from sequence to sequence
+  int64_t alibi_stride;
+  AttentionMask mask;
+  const AttentionSequence* sequences;
+  const AttentionUnit* units;
+  float* partials;  // entries of attention_entry(value_dim) floats
+  char* scratch;    // of the calling thread
+};
+// A partial result: the largest score, the sum, and (64 bytes further) the weighted values.
+constexpr int64_t attention_entry(int64_t value_dim) {
+  return 16 + (value_dim + kPanel - 1) / kPanel * kPanel;
+}
+
+// Tokens into a cache [block, head, token, dim]: slot = block * block_size + token; negative slots
+// are skipped. To fp8: x / scale, saturated. To int8: the scale of each token and head is computed.
+struct CacheArgs {
+  struct Side {
+    const void* from;
+    int64_t from_stride_t, from_stride_h;
+    void* to;
+    KvSource::Strides stride;
+    float* scale;
+    KvSource::Strides scale_stride;
+    int64_t dim;
+    float inverse_scale;
+  };
+  Side key, value;
+  DType from_type;
+  KvType to_type;
+  const int64_t* slots;
+  int64_t block, heads;
+};
+
 // The machine's own limits, which the benchmarks measure the other kernels by. x and y begin on a
 // page of kPage floats, and are a whole number of pages.
 constexpr int64_t kPage = 1024;
@@ -182,12 +277,16 @@ struct PeakArgs {
   K(unpack_rows, UnpackRowsArgs) /* rows */                            \
   K(gemm_rows, GemmRowsArgs)     /* rows */                            \
   K(gemm, GemmArgs)              /* panels of row blocks */            \
+  K(attention, AttentionArgs)    /* units * kv_heads + head */         \
+  K(attention_join, AttentionArgs) /* sequences * kv_heads + head */   \
+  K(cache_write, CacheArgs)      /* tokens */                          \
   K(limit_read, ReadArgs)        /* pages */                           \
   K(limit_copy, CopyArgs)        /* pages */                           \
   K(limit_peak, PeakArgs)        /* threads */
 
 struct Kernels {
   GemmFormat (*gemm_format)(DType weight, int64_t m, int64_t k);
+  int64_t (*attention_scratch)(const AttentionArgs&);  // bytes for each thread
 #define LMFUSE_MEMBER(name, Args) void (*name)(const Args&, int64_t begin, int64_t end);
   LMFUSE_KERNELS(LMFUSE_MEMBER)
 #undef LMFUSE_MEMBER

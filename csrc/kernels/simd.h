@@ -8,6 +8,8 @@
 //   store(p, v, l) rounds to nearest even
 //   load_pairs     2 * kLanes bf16 -> first and second of each pair
 //   interleave, deinterleave   even and odd elements together and apart
+//   transpose(v)   kLanes vectors of kLanes 32-bit elements, rows to columns; bits are kept
+//   zip            2 * kLanes 16-bit elements of each of two rows, in turn
 //   sum(v)         one fixed tree, whatever the data
 #pragma once
 

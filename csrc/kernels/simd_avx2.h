@@ -141,5 +141,33 @@ LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
   second = {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536)))};
 }
 
+LMFUSE_INLINE void transpose(Vec (&v)[kLanes]) {
+  __m256 a[kLanes], b[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 2) {  // 2 by 2
+    a[i] = _mm256_unpacklo_ps(v[i].v, v[i + 1].v);
+    a[i + 1] = _mm256_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4) {  // 4 by 4
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {  // halves
+    v[i] = {_mm256_permute2f128_ps(b[i], b[i + 4], 0x20)};
+    v[i + 4] = {_mm256_permute2f128_ps(b[i], b[i + 4], 0x31)};
+  }
+}
+
+LMFUSE_INLINE void zip(const bf16_t* a, const bf16_t* b, bf16_t* to) {
+  for (int64_t i = 0; i < 2 * kLanes; ++i) {
+    to[2 * i] = a[i];
+    to[2 * i + 1] = b[i];
+  }
+}
+
 }  // namespace
 }  // namespace lmfuse::LMFUSE_ISA

@@ -131,5 +131,48 @@ LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
   second = {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-65536)))};
 }
 
+LMFUSE_INLINE void transpose(Vec (&v)[kLanes]) {
+  __m512 a[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {  // 2 by 2
+    a[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+  __m512 b[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {  // 4 by 4
+    const auto low = [](__m512 x, __m512 y) LMFUSE_LAMBDA {
+      return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+    };
+    const auto high = [](__m512 x, __m512 y) LMFUSE_LAMBDA {
+      return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+    };
+    b[i] = low(a[i], a[i + 2]);
+    b[i + 1] = high(a[i], a[i + 2]);
+    b[i + 2] = low(a[i + 1], a[i + 3]);
+    b[i + 3] = high(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {  // quarters
+    const __m512 even0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+    const __m512 odd0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    const __m512 even1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+    const __m512 odd1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+    v[i] = {_mm512_shuffle_f32x4(even0, even1, 0x88)};
+    v[i + 4] = {_mm512_shuffle_f32x4(odd0, odd1, 0x88)};
+    v[i + 8] = {_mm512_shuffle_f32x4(even0, even1, 0xdd)};
+    v[i + 12] = {_mm512_shuffle_f32x4(odd0, odd1, 0xdd)};
+  }
+}
+
+LMFUSE_INLINE void zip(const bf16_t* a, const bf16_t* b, bf16_t* to) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, low, y));
+  _mm512_storeu_si512(to + 2 * kLanes, _mm512_permutex2var_epi16(x, high, y));
+}
+
 }  // namespace
 }  // namespace lmfuse::LMFUSE_ISA

@@ -163,5 +163,21 @@ LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
   second = each([&](int64_t i) { return widen(p[2 * i + 1]); });
 }
 
+LMFUSE_INLINE void transpose(Vec (&v)[kLanes]) {
+  for (int64_t i = 0; i < kLanes; ++i)
+    for (int64_t j = i + 1; j < kLanes; ++j) {
+      const float x = v[i].v[j];
+      v[i].v[j] = v[j].v[i];
+      v[j].v[i] = x;
+    }
+}
+
+LMFUSE_INLINE void zip(const bf16_t* a, const bf16_t* b, bf16_t* to) {
+  for (int64_t i = 0; i < 2 * kLanes; ++i) {
+    to[2 * i] = a[i];
+    to[2 * i + 1] = b[i];
+  }
+}
+
 }  // namespace
 }  // namespace lmfuse::LMFUSE_ISA

@@ -1,6 +1,9 @@
 """Fused functions on tensors; each checks its arguments, then calls one compiled op."""
 
 from lmfuse.functional.activation import gelu_mul, silu_mul
+from lmfuse.functional.attention import attention, varlen_attention
+from lmfuse.functional.cache import reshape_and_cache
+from lmfuse.functional.indirect_attention import indirect_access_kv_cache_attention
 from lmfuse.functional.linear import linear, linear_concat, linear_gate_up
 from lmfuse.functional.norm import (
     add_layer_norm,
@@ -10,24 +13,34 @@ from lmfuse.functional.norm import (
     rms_norm,
 )
 from lmfuse.functional.packed import PackedWeight, pack_linear, weight_rows
+from lmfuse.functional.paged_attention import (
+    flash_attn_varlen_func,
+    single_query_cached_kv_attention,
+)
 from lmfuse.functional.rope import rotary_embedding, rotate, rotate_qk, rotate_qkv
 
 __all__ = [
     "PackedWeight",
     "add_layer_norm",
     "add_rms_norm",
+    "attention",
     "fast_layer_norm",
+    "flash_attn_varlen_func",
     "gelu_mul",
+    "indirect_access_kv_cache_attention",
     "layer_norm",
     "linear",
     "linear_concat",
     "linear_gate_up",
     "pack_linear",
+    "reshape_and_cache",
     "rms_norm",
     "rotary_embedding",
     "rotate",
     "rotate_qk",
     "rotate_qkv",
     "silu_mul",
+    "single_query_cached_kv_attention",
+    "varlen_attention",
     "weight_rows",
 ]

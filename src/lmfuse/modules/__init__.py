@@ -1,5 +1,10 @@
 """`nn.Module`s over the fused functions, with the names and arguments of `ipex.llm.modules`."""
 
+from lmfuse.modules.attention import (
+    IndirectAccessKVCacheAttention,
+    PagedAttention,
+    VarlenAttention,
+)
 from lmfuse.modules.linear import Embedding, Linear
 from lmfuse.modules.linear_fusion import (
     ConcatLinear,
@@ -29,6 +34,7 @@ __all__ = [
     "ConcatLinear",
     "Embedding",
     "FastLayerNorm",
+    "IndirectAccessKVCacheAttention",
     "Linear",
     "Linear2SiluMul",
     "LinearAdd",
@@ -39,8 +45,10 @@ __all__ = [
     "LinearRelu",
     "LinearSilu",
     "LinearSiluMul",
+    "PagedAttention",
     "RMSNorm",
     "RotaryEmbedding",
+    "VarlenAttention",
     "linear2SiluMul",
     "linearAdd",
     "linearAddAdd",

@@ -1,0 +1,201 @@
+// Keys and values of one chunk, from wherever they lie, in the panels of the linear layers: the
+// keys as a weight [keys, dim], the values as a weight [value_dim, keys]. So both products of
+// attention are those of gemm_tile.h, and no kernel knows caches or storage types.
+//
+// Input is float or bf16_t, the type of the products; fp8 and int8 are exact in both.
+#pragma once
+
+#include "loops.h"
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+LMFUSE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The rows of the keys, or the values, at count positions of one head; scale is theirs (i8 only).
+struct ChunkRows {
+  const char* row[kKeyChunk];
+  float scale[kKeyChunk];
+  int64_t count;
+};
+
+LMFUSE_INLINE int64_t kv_bytes(KvType type) {
+  return type == KvType::f32 ? 4 : type == KvType::bf16 || type == KvType::f16 ? 2 : 1;
+}
+
+inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const KvSource& from,
+                      int64_t first, int64_t scale_first, int64_t head, int64_t begin, int64_t end,
+                      ChunkRows& rows) {
+  const int64_t size = kv_bytes(from.type), step = from.stride.token * size;
+  const char* base =
+      static_cast<const char*>(from.data) + (first + head * from.stride.head) * size;
+  const float* scale = from.scale ? from.scale + scale_first + head * from.scale_stride.head
+                                  : nullptr;
+  rows.count = end - begin;
+  int64_t i = 0;
+  for (int64_t p = begin; p < end;) {
+    const int64_t block = p / a.block, in_block = p - block * a.block;
+    int64_t stop = p - in_block + a.block;
+    if (stop > end) stop = end;
+    const int64_t entry = s.table ? s.table[block] : 0, at = a.absolute ? p : in_block;
+    const char* row = base + entry * from.stride.block * size + at * step;
+    const float* row_scale =
+        scale ? scale + entry * from.scale_stride.block + at * from.scale_stride.token : nullptr;
+    for (; p < stop; ++p, ++i, row += step) {
+      rows.row[i] = row;
+      if (row_scale) {
+        rows.scale[i] = *row_scale;
+        row_scale += from.scale_stride.token;
+      }
+    }
+  }
+  if (scale)
+    for (; i < kKeyChunk; ++i) rows.scale[i] = 0.0f;
+}
+
+// n elements of a row as To (float or bf16_t), zeros up to padded. The loops over bytes are left
+// to the compiler's vectorizer.
+template <class To>
+LMFUSE_INLINE void widen_row(KvType type, const char* row, int64_t n, int64_t padded, To* to) {
+  const auto copy = [&](auto* from) LMFUSE_LAMBDA {
+    map(to, n, [&](int64_t i, auto l) { return load(from + i, l); });
+  };
+  constexpr int64_t kPart = 64;
+  const auto* bytes = reinterpret_cast<const uint8_t*>(row);
+  // fp8 by way of fp16, whose upper byte e5m2 is; e4m3 has its exponent 8 lower there.
+  const auto parts = [&](auto part) LMFUSE_LAMBDA {
+    for (int64_t i = 0; i < n; i += kPart) part(i, n - i < kPart ? n - i : kPart);
+  };
+  switch (type) {
+    case KvType::f32:
+      copy(reinterpret_cast<const float*>(row));
+      break;
+    case KvType::bf16:
+      copy(reinterpret_cast<const bf16_t*>(row));
+      break;
+    case KvType::f16:
+      copy(reinterpret_cast<const f16_t*>(row));
+      break;
+    case KvType::e5m2:
+      parts([&](int64_t i, int64_t m) {
+        f16_t half[kPart];
+        for (int64_t j = 0; j < m; ++j) half[j].bits = static_cast<uint16_t>(bytes[i + j] << 8);
+        map(to + i, m, [&](int64_t j, auto l) { return load(half + j, l); });
+      });
+      break;
+    case KvType::e4m3:
+      parts([&](int64_t i, int64_t m) {
+        f16_t half[kPart];
+        for (int64_t j = 0; j < m; ++j) {
+          const int b = bytes[i + j];
+          const int magnitude = (b & 0x7f) == 0x7f ? 0x7e00 : (b & 0x7f) << 7;  // 0x7f: NaN
+          half[j].bits = static_cast<uint16_t>((b & 0x80) << 8 | magnitude);
+        }
+        map(to + i, m, [&](int64_t j, auto l) { return load(half + j, l) * broadcast(256.0f); });
+      });
+      break;
+    case KvType::i8:
+      parts([&](int64_t i, int64_t m) {
+        float wide[kPart];
+        for (int64_t j = 0; j < m; ++j) wide[j] = static_cast<int8_t>(bytes[i + j]);
+        map(to + i, m, [&](int64_t j, auto l) { return load(wide + j, l); });
+      });
+      break;
+  }
+  for (int64_t i = n; i < padded; ++i) to[i] = To{};
+}
+
+// True if a row can be read as it lies, in whole vectors.
+template <class Input>
+LMFUSE_INLINE bool as_it_lies(KvType type, int64_t n, int64_t multiple) {
+  return type == (sizeof(Input) == 4 ? KvType::f32 : KvType::bf16) && n % multiple == 0;
+}
+
+// Elements of Input in kLanes 32-bit words, to which the keys are padded.
+template <class Input>
+constexpr int64_t kWords = kLanes * 4 / static_cast<int64_t>(sizeof(Input));
+
+// k of the product q k^T: as packed_k, and whole vectors.
+template <class Input>
+LMFUSE_INLINE int64_t key_width(int64_t dim) {
+  return round_up(dim, sizeof(Input) == 4 ? kLanes : kDotStep);
+}
+
+// Panel p of the keys: to[width / per word][32] words. stage: 32 rows of width elements.
+template <class Input>
+void pack_keys(KvType type, const ChunkRows& rows, int64_t panel, int64_t dim, Input* stage,
+               Input* to) {
+  const int64_t width = key_width<Input>(dim), words = width * sizeof(Input) / 4;
+  const int64_t first = panel * kPanel, left = rows.count - first;
+  const int64_t count = left < kPanel ? left : kPanel;
+  const bool direct = as_it_lies<Input>(type, dim, width) && count == kPanel;
+  if (!direct) {
+    for (int64_t r = 0; r < count; ++r)
+      widen_row(type, rows.row[first + r], dim, width, stage + r * width);
+    for (int64_t i = count * width; i < kPanel * width; ++i) stage[i] = Input{};
+  }
+  float* words_to = reinterpret_cast<float*>(to);
+  for (int64_t r0 = 0; r0 < kPanel; r0 += kLanes) {
+    const float* from[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r)
+      from[r] = reinterpret_cast<const float*>(
+          direct ? rows.row[first + r0 + r]
+                 : reinterpret_cast<const char*>(stage + (r0 + r) * width));
+    for (int64_t w = 0; w < words; w += kLanes) {
+      Vec v[kLanes];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanes; ++r) v[r] = load(from[r] + w);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanes; ++r) store(words_to + (w + r) * kPanel + r0, v[r]);
+    }
+  }
+}
+
+// Keys of a chunk, rounded up to what the second product takes.
+LMFUSE_INLINE int64_t value_keys(int64_t count) { return round_up(count, kDotStep); }
+
+// The values of positions [first, first + kDotStep), into panels of panel_stride elements.
+// stage: two rows of round_up(dim, kPanel).
+inline void pack_values(KvType type, const ChunkRows& rows, int64_t first, int64_t dim,
+                        float* stage, float* to, int64_t panel_stride) {
+  const int64_t width = round_up(dim, kPanel);
+  for (int64_t k = first; k < first + kDotStep; ++k) {
+    const float* row = stage;
+    if (k >= rows.count) {
+      for (int64_t i = 0; i < width; ++i) stage[i] = 0.0f;
+    } else if (as_it_lies<float>(type, dim, kPanel)) {
+      row = reinterpret_cast<const float*>(rows.row[k]);
+    } else {
+      widen_row(type, rows.row[k], dim, width, stage);
+    }
+    for (int64_t d = 0; d < width; d += kPanel)
+      map(to + d / kPanel * panel_stride + k * kPanel, kPanel,
+          [&](int64_t i, auto l) { return load(row + d + i, l); });
+  }
+}
+
+inline void pack_values(KvType type, const ChunkRows& rows, int64_t first, int64_t dim,
+                        bf16_t* stage, bf16_t* to, int64_t panel_stride) {
+  const int64_t width = round_up(dim, kPanel);
+  for (int64_t k = first; k < first + kDotStep; k += 2) {
+    const bf16_t* pair[2];
+    for (int64_t j = 0; j < 2; ++j) {
+      bf16_t* mine = stage + j * width;
+      pair[j] = mine;
+      if (k + j >= rows.count) {
+        for (int64_t i = 0; i < width; ++i) mine[i] = bf16_t{};
+      } else if (as_it_lies<bf16_t>(type, dim, kPanel)) {
+        pair[j] = reinterpret_cast<const bf16_t*>(rows.row[k + j]);
+      } else {
+        widen_row(type, rows.row[k + j], dim, width, mine);
+      }
+    }
+    for (int64_t d = 0; d < width; d += 2 * kLanes)
+      zip(pair[0] + d, pair[1] + d,
+          to + d / kPanel * panel_stride + k * kPanel + 2 * (d % kPanel));
+  }
+}
+
+}  // namespace
+}  // namespace lmfuse::LMFUSE_ISA

@@ -1,0 +1,175 @@
+// One row of scores over one chunk of keys: scale, softcap, bias and masks, then e^(s - max).
+#pragma once
+
+#include "attention_pack.h"
+#include "math.h"
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+constexpr float kNever = -__builtin_inff();  // the score of a key that is not seen
+
+// Below 0.625 by the polynomial of Cephes, so that small values keep their digits.
+LMFUSE_INLINE Vec tanh(Vec x) {
+  const Vec one = broadcast(1.0f), a = abs(x), z = x * x;
+  Vec p = broadcast(-5.70498872745e-3f);
+  p = fma(p, z, broadcast(2.06390887954e-2f));
+  p = fma(p, z, broadcast(-5.37397155531e-2f));
+  p = fma(p, z, broadcast(1.33314422036e-1f));
+  p = fma(p, z, broadcast(-3.33332819422e-1f));
+  const Vec large = one - broadcast(2.0f) / (exp(a + a) + one);
+  const Vec signed_large = select(x < broadcast(0.0f), broadcast(0.0f) - large, large);
+  return select(a < broadcast(0.625f), fma(p * z, x, x), signed_large);
+}
+
+// A row of a unit: whose it is, and which positions it sees.
+struct RowInfo {
+  int64_t seq, query, head, position;
+  int64_t begin, end;
+};
+
+inline RowInfo row_info(const AttentionArgs& a, const AttentionUnit& u, int64_t r) {
+  const int64_t group = a.heads / a.kv_heads, row = u.row + r % u.row_count;
+  RowInfo info;
+  info.seq = u.seq + r / u.row_count;
+  info.query = row / group;
+  info.head = row % group;
+  const AttentionSequence& s = a.sequences[info.seq];
+  info.position = s.kv_len - s.q_len + info.query;
+  info.begin = info.position - a.window_left;
+  info.end = info.position + a.window_right + 1;
+  if (info.begin < 0) info.begin = 0;
+  if (info.end > s.kv_len) info.end = s.kv_len;
+  if (info.end < info.begin) info.end = info.begin;
+  return info;
+}
+
+// Scores of a row: vector i lies at at[i / kPanel * panel_stride + i % kPanel].
+struct Scores {
+  float* at;
+  int64_t panel_stride, count;  // a multiple of kPanel
+
+  LMFUSE_INLINE float* operator[](int64_t i) const {
+    return at + i / kPanel * panel_stride + i % kPanel;
+  }
+  void hide(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end;) {
+      const int64_t stop = i / kPanel * kPanel + kPanel, n = (stop < end ? stop : end) - i;
+      map((*this)[i], n, [](int64_t, auto) { return broadcast(kNever); });
+      i += n;
+    }
+  }
+};
+
+// The mask of one row as numbers to add; true if there is one.
+inline bool mask_row(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
+                     int64_t count, float* to) {
+  using Type = AttentionMask::Type;
+  const AttentionMask& m = a.mask;
+  if (m.type == Type::none) return false;
+  const int64_t first = row.seq * m.stride_seq + head * m.stride_head +
+                        row.query * m.stride_query + begin * m.step;
+  const auto floats = [&](auto* from) {
+    if (m.step) {
+      map(to, count, [&](int64_t i, auto l) { return load(from + i, l); });
+    } else {
+      float one[kLanes];
+      store(one, load(from, Lanes::first(1)));
+      for (int64_t i = 0; i < count; ++i) to[i] = one[0];
+    }
+  };
+  switch (m.type) {
+    case Type::none:
+      break;
+    case Type::boolean: {
+      const auto* from = static_cast<const uint8_t*>(m.data) + first;
+      for (int64_t i = 0; i < count; ++i) to[i] = from[i * m.step] ? 0.0f : kNever;
+      break;
+    }
+    case Type::f32:
+      floats(static_cast<const float*>(m.data) + first);
+      break;
+    case Type::bf16:
+      floats(static_cast<const bf16_t*>(m.data) + first);
+      break;
+    case Type::f16:
+      floats(static_cast<const f16_t*>(m.data) + first);
+      break;
+  }
+  return true;
+}
+
+LMFUSE_INLINE bool is_plain(const AttentionArgs& a) {
+  return a.mask.type == AttentionMask::Type::none && !a.alibi && !a.key.scale &&
+         a.softcap == 0.0f && a.scale > 0.0f;
+}
+
+// Everything but the exponential, for calls that ask for more than a scale and a range.
+inline void bias_scores(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
+                        int64_t visible, const ChunkRows& keys, const Scores& scores) {
+  alignas(64) float mask[kKeyChunk] = {}, distance[kKeyChunk];
+  const bool masked = mask_row(a, row, head, begin, visible, mask);
+  const float slope = a.alibi ? a.alibi[row.seq * a.alibi_stride + head] : 0.0f;
+  if (a.alibi)
+    for (int64_t i = 0; i < kKeyChunk; ++i)
+      distance[i] = static_cast<float>(begin + i - row.position);
+  for (int64_t i = 0; i < scores.count; i += kLanes) {
+    Vec s = load(scores[i]) * broadcast(a.scale);
+    if (a.key.scale) s = s * load(keys.scale + i);
+    if (a.softcap != 0.0f)
+      s = broadcast(a.softcap) * tanh(s * broadcast(1.0f / a.softcap));
+    if (a.alibi) s = s - broadcast(slope) * abs(load(distance + i));
+    if (masked) s = s + load(mask + i);
+    store(scores[i], s);
+  }
+}
+
+struct RowSums {
+  float largest, sum;
+};
+
+// weights[i] = e^(score - largest) (times the scale of the value, i8 only) and their sum. head is
+// that of the query. Sums in two chains over fixed places, so that keys beyond those that are seen
+// change nothing.
+template <class Input>
+RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
+                    const ChunkRows& keys, const ChunkRows& values, const Scores& scores,
+                    Input* weights) {
+  const int64_t from = row.begin > begin ? row.begin - begin : 0;
+  int64_t to = row.end - begin < scores.count ? row.end - begin : scores.count;
+  if (to < from) to = from;
+  float scale = a.scale;
+  if (!is_plain(a)) {
+    bias_scores(a, row, head, begin, to, keys, scores);
+    scale = 1.0f;
+  }
+  scores.hide(0, from < scores.count ? from : scores.count);
+  scores.hide(to, scores.count);
+
+  // NaN stays in sight: the second operand is returned where either is NaN.
+  Vec top0 = broadcast(kNever), top1 = top0;
+  for (int64_t i = 0; i < scores.count; i += 2 * kLanes) {
+    top0 = max(top0, load(scores[i]));
+    top1 = max(top1, load(scores[i + kLanes]));
+  }
+  const float top = max(max(top0, top1));
+  const float largest = top == kNever ? kNever : top * scale;
+  const Vec minus = broadcast(largest == kNever ? 0.0f : -largest), factor = broadcast(scale);
+  Vec sum0 = broadcast(0.0f), sum1 = sum0;
+  for (int64_t i = 0; i < scores.count; i += 2 * kLanes) {
+    Vec e0 = exp(fma(load(scores[i]), factor, minus));
+    Vec e1 = exp(fma(load(scores[i + kLanes]), factor, minus));
+    sum0 = sum0 + e0;
+    sum1 = sum1 + e1;
+    if (a.value.scale) {
+      e0 = e0 * load(values.scale + i);
+      e1 = e1 * load(values.scale + i + kLanes);
+    }
+    store(weights + i, e0);
+    store(weights + i + kLanes, e1);
+  }
+  return {largest, sum(sum0 + sum1)};
+}
+
+}  // namespace
+}  // namespace lmfuse::LMFUSE_ISA

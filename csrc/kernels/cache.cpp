@@ -1,0 +1,96 @@
+// New keys and values into a cache, converted on the way.
+#include "attention_pack.h"
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+// x to fp8, rounded to nearest even, saturated; NaN stays NaN. By way of the bits: kMantissa
+// fraction bits, exponent bias kBias, the largest finite value kLargest.
+template <int kMantissa, int kBias>
+LMFUSE_INLINE uint8_t to_fp8(float x, float largest) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 24 & 0x80;
+  float a = __builtin_fabsf(x);
+  if (x != x) return static_cast<uint8_t>(sign | 0x7f);
+  if (a > largest) a = largest;
+  // Below the smallest normal: adding this leaves the bits that fp8 keeps, rounded.
+  constexpr int kShift = 23 - kMantissa;
+  const float smallest = bit_cast<float>(static_cast<uint32_t>(128 - kBias) << 23);
+  uint32_t magnitude;
+  if (a < smallest) {
+    const float magic = bit_cast<float>(static_cast<uint32_t>(128 - kBias + kShift) << 23);
+    magnitude = bit_cast<uint32_t>(a + magic) - bit_cast<uint32_t>(magic);
+  } else {
+    const uint32_t m = bit_cast<uint32_t>(a);
+    magnitude = (m + ((1u << (kShift - 1)) - 1) + (m >> kShift & 1u)) >> kShift;
+    magnitude -= static_cast<uint32_t>(127 - kBias) << kMantissa;
+  }
+  return static_cast<uint8_t>(sign | magnitude);
+}
+
+// One row of a head; the loops over bytes are left to the compiler's vectorizer.
+template <class From>
+void write_row(const CacheArgs::Side& s, KvType type, const From* from, char* to, float* scale) {
+  const auto each = [&](float factor, auto write) LMFUSE_LAMBDA {
+    constexpr int64_t kPart = 64;
+    float wide[kPart];
+    for (int64_t i = 0; i < s.dim; i += kPart) {
+      const int64_t n = s.dim - i < kPart ? s.dim - i : kPart;
+      map(wide, n, [&](int64_t j, auto l) { return load(from + i + j, l) * broadcast(factor); });
+      for (int64_t j = 0; j < n; ++j) write(i + j, wide[j]);
+    }
+  };
+  auto* bytes = reinterpret_cast<uint8_t*>(to);
+  switch (type) {
+    case KvType::f32:
+    case KvType::bf16:
+    case KvType::f16:
+      map(reinterpret_cast<From*>(to), s.dim, [&](int64_t i, auto l) { return load(from + i, l); });
+      return;
+    case KvType::e5m2:
+      return each(s.inverse_scale,
+                  [&](int64_t i, float x) { bytes[i] = to_fp8<2, 15>(x, 57344.0f); });
+    case KvType::e4m3:
+      return each(s.inverse_scale,
+                  [&](int64_t i, float x) { bytes[i] = to_fp8<3, 7>(x, 448.0f); });
+    case KvType::i8: {
+      float largest = 0.0f;
+      each(1.0f, [&](int64_t, float x) {
+        const float a = __builtin_fabsf(x);
+        largest = a > largest ? a : largest;
+      });
+      *scale = largest / 127.0f;
+      // Rounded to even by the bits that fp32 has no room for.
+      each(largest > 0.0f ? 127.0f / largest : 0.0f, [&](int64_t i, float x) {
+        const float bounded = x > 127.0f ? 127.0f : x > -127.0f ? x : -127.0f;
+        bytes[i] = static_cast<uint8_t>(bit_cast<uint32_t>(bounded + 12582912.0f));
+      });
+      return;
+    }
+  }
+}
+
+void write_side(const CacheArgs& a, const CacheArgs::Side& s, int64_t token) {
+  const int64_t slot = a.slots[token], block = slot / a.block, in_block = slot % a.block;
+  const int64_t size = kv_bytes(a.to_type);
+  char* to = static_cast<char*>(s.to) + (block * s.stride.block + in_block * s.stride.token) * size;
+  float* scale = s.scale ? s.scale + block * s.scale_stride.block + in_block * s.scale_stride.token
+                         : nullptr;
+  with_type(a.from_type, [&](auto t) {
+    const auto* from = static_cast<const decltype(t)*>(s.from) + token * s.from_stride_t;
+    for (int64_t h = 0; h < a.heads; ++h)
+      write_row(s, a.to_type, from + h * s.from_stride_h, to + h * s.stride.head * size,
+                scale ? scale + h * s.scale_stride.head : nullptr);
+  });
+}
+
+}  // namespace
+
+void cache_write(const CacheArgs& a, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t)
+    if (a.slots[t] >= 0) {
+      write_side(a, a.key, t);
+      write_side(a, a.value, t);
+    }
+}
+
+}  // namespace lmfuse::LMFUSE_ISA

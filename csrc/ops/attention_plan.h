@@ -1,0 +1,188 @@
+// From sequences to pieces of work: which chunks of keys each sees, which sequences share them, and
+// how the work is spread over threads.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "common.h"
+
+namespace lmfuse {
+
+// Everything but the tensors' own addresses and strides, which the ops fill in.
+struct AttentionPlan {
+  std::vector<AttentionSequence> sequences;
+  std::vector<AttentionUnit> units;
+  int64_t entries = 0;  // of partial results
+};
+
+namespace plan {
+
+// Sequences with so few rows are spread over threads by chunks, if their partial results fit.
+constexpr int64_t kFewRows = 64;
+constexpr int64_t kMostPartialBytes = int64_t{32} << 20;
+
+inline void see(const AttentionArgs& a, AttentionSequence& s) {
+  const int64_t first = s.kv_len - s.q_len;
+  const int64_t begin = std::max<int64_t>(0, first - a.window_left);
+  const int64_t end = std::min(s.kv_len, s.kv_len + a.window_right);
+  s.first_chunk = begin / kKeyChunk;
+  s.chunks = end > begin && s.q_len > 0 ? (end + kKeyChunk - 1) / kKeyChunk - s.first_chunk : 0;
+  s.partial = -1;
+}
+
+// True if all positions of chunk c that either sequence has lie at the same place.
+inline bool same_keys(const AttentionArgs& a, const AttentionSequence& s,
+                      const AttentionSequence& t, int64_t c) {
+  if (s.key != t.key || s.value != t.value || s.key_scale != t.key_scale ||
+      s.value_scale != t.value_scale)
+    return false;
+  if (s.table == t.table) return true;
+  const auto last_block = [&](const AttentionSequence& x) {
+    return (std::min(x.kv_len, (c + 1) * kKeyChunk) - 1) / a.block;
+  };
+  const int64_t first = c * kKeyChunk / a.block, last = last_block(s);
+  return last == last_block(t) && std::equal(s.table + first, s.table + last + 1, t.table + first);
+}
+
+// Sequences [begin, end) with equal numbers of rows: by chunks, together where keys are shared.
+inline void by_chunks(const AttentionArgs& a, AttentionPlan& p, int64_t begin, int64_t end,
+                      int64_t rows) {
+  int64_t first = p.sequences[begin].first_chunk, last = 0;
+  for (int64_t b = begin; b < end; ++b) {
+    first = std::min(first, p.sequences[b].first_chunk);
+    last = std::max(last, p.sequences[b].first_chunk + p.sequences[b].chunks);
+  }
+  for (int64_t c = first; c < last; ++c) {
+    const auto sees = [&](int64_t b) {
+      const AttentionSequence& s = p.sequences[b];
+      return s.first_chunk <= c && c < s.first_chunk + s.chunks;
+    };
+    for (int64_t b = begin; b < end;) {
+      int64_t n = 1;
+      if (sees(b)) {
+        while (b + n < end && (n + 1) * rows <= kAttentionRows && sees(b + n) &&
+               same_keys(a, p.sequences[b], p.sequences[b + n], c))
+          ++n;
+        p.units.push_back({b, n, 0, rows, c, 1});
+      }
+      b += n;
+    }
+  }
+}
+
+// A sequence of many rows: in blocks of rows, long and short ones in turn under a causal mask.
+inline void by_rows(AttentionPlan& p, int64_t b, int64_t rows) {
+  const AttentionSequence& s = p.sequences[b];
+  const int64_t blocks = (rows + kAttentionRows - 1) / kAttentionRows;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t row = (i % 2 ? blocks - 1 - i / 2 : i / 2) * kAttentionRows;
+    p.units.push_back(
+        {b, 1, row, std::min(kAttentionRows, rows - row), s.first_chunk, s.chunks});
+  }
+}
+
+}  // namespace plan
+
+// Completes the sequences and makes the units.
+inline void make_units(const AttentionArgs& a, AttentionPlan& p) {
+  using namespace plan;
+  const int64_t group = a.heads / a.kv_heads, count = static_cast<int64_t>(p.sequences.size());
+  const int64_t entry_bytes = attention_entry(a.value_dim) * 4;
+  for (AttentionSequence& s : p.sequences) {
+    see(a, s);
+    const int64_t entries = s.q_len * group * a.kv_heads * s.chunks;
+    if (s.chunks > 1 && s.q_len * group <= kFewRows &&
+        (p.entries + entries) * entry_bytes <= kMostPartialBytes) {
+      s.partial = p.entries;
+      p.entries += entries;
+    }
+  }
+  for (int64_t b = 0; b < count;) {
+    const int64_t rows = p.sequences[b].q_len * group;
+    int64_t end = b + 1;
+    if (p.sequences[b].partial < 0) {
+      by_rows(p, b, rows);
+    } else {
+      while (end < count && p.sequences[end].partial >= 0 &&
+             p.sequences[end].q_len * group == rows)
+        ++end;
+      by_chunks(a, p, b, end, rows);
+    }
+    b = end;
+  }
+}
+
+// What a unit costs for each KV head, in products of a row and a key: reading and packing a key is
+// worth about 64 of them.
+inline int64_t cost(const AttentionArgs& a, const AttentionUnit& u) {
+  const AttentionSequence& s = a.sequences[u.seq];
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t middle = s.kv_len - s.q_len + (u.row + u.row_count / 2) / group;
+  const int64_t begin = std::max(u.chunk * kKeyChunk, middle - a.window_left);
+  const int64_t end = std::min({(u.chunk + u.chunk_count) * kKeyChunk, s.kv_len,
+                                middle + std::min(a.window_right, s.kv_len) + 1});
+  return std::max<int64_t>(end - begin, 1) * (u.seq_count * u.row_count + 64);
+}
+
+// Runs the units and joins what they left, on torch's threads, each with one contiguous range of
+// about equal cost.
+inline void run(AttentionArgs a, AttentionPlan& p) {
+  make_units(a, p);
+  a.sequences = p.sequences.data();
+  a.units = p.units.data();
+  const int64_t units = static_cast<int64_t>(p.units.size()), items = units * a.kv_heads;
+  if (items == 0) return;
+  std::vector<int64_t> until(units);  // costs up to and including each unit
+  int64_t total = 0;
+  for (int64_t u = 0; u < units; ++u) until[u] = total += cost(a, p.units[u]);
+
+  constexpr int64_t kAlone = 1 << 19;  // multiplications below which a second thread is no help
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  if (total * a.kv_heads * (a.dim + a.value_dim) < kAlone) threads = 1;
+  const int64_t slices = std::min<int64_t>(threads, items);
+  std::vector<int64_t> begin(slices + 1, items);
+  for (int64_t t = 0; t < slices; ++t) {
+    const int64_t share = total * t / slices;
+    const int64_t u = std::upper_bound(until.begin(), until.end(), share) - until.begin();
+    const int64_t before = u ? until[u - 1] : 0;
+    begin[t] = u * a.kv_heads + (share - before) * a.kv_heads / (until[u] - before);
+  }
+
+  const auto bytes_tensor = [&](int64_t size) {
+    return torch::stable::empty({&size, 1}, ScalarType::Byte);
+  };
+  const int64_t each = kernels().attention_scratch(a) + 64;
+  Tensor scratch = bytes_tensor(each * slices + 64);
+  Tensor partials = bytes_tensor(p.entries * attention_entry(a.value_dim) * 4 + 64);
+  const auto aligned = [](Tensor& t) {
+    const auto at = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+    return reinterpret_cast<char*>((at + 63) & ~uintptr_t{63});
+  };
+  char* first = aligned(scratch);
+  a.partials = reinterpret_cast<float*>(aligned(partials));
+  const auto over_slices = [&](const auto& f) {
+    if (slices == 1) return f(0, 1);
+    torch::stable::parallel_for(0, slices, 1, f);
+  };
+  const Kernels& k = kernels();
+  over_slices([&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; ++t) {
+      AttentionArgs mine = a;
+      mine.scratch = first + t * (each / 64 * 64);
+      k.attention(mine, begin[t], begin[t + 1]);
+    }
+  });
+  if (!p.entries) return;
+  const int64_t joins = static_cast<int64_t>(p.sequences.size()) * a.kv_heads;
+  over_slices([&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; ++t) {
+      AttentionArgs mine = a;
+      mine.scratch = first + t * (each / 64 * 64);
+      k.attention_join(mine, joins * t / slices, joins * (t + 1) / slices);
+    }
+  });
+}
+
+}  // namespace lmfuse

@@ -1,0 +1,75 @@
+// Keys and values in tensors: their types and strides, and tensors of integers that come from the
+// caller's data.
+#pragma once
+
+#include <vector>
+
+#include "common.h"
+
+namespace lmfuse {
+
+inline KvType kv_type(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return KvType::f32;
+    case ScalarType::BFloat16:
+      return KvType::bf16;
+    case ScalarType::Half:
+      return KvType::f16;
+    case ScalarType::Float8_e5m2:
+      return KvType::e5m2;
+    case ScalarType::Float8_e4m3fn:
+      return KvType::e4m3;
+    case ScalarType::Char:
+      return KvType::i8;
+    default:
+      LMFUSE_CHECK(false, name,
+                   " must be float32, bfloat16, float16, float8_e5m2, float8_e4m3fn or int8");
+  }
+}
+
+// Which dimension counts blocks (-1: none), tokens and heads.
+struct KvDims {
+  int block, token, head;
+};
+
+inline KvSource::Strides kv_strides(const Tensor& t, KvDims d) {
+  return {d.block < 0 ? 0 : t.stride(d.block), t.stride(d.token), t.stride(d.head)};
+}
+
+// scales: of int8 and of nothing else, with the dimensions of t but for the last.
+inline KvSource kv_source(const Tensor& t, const std::optional<Tensor>& scales, KvDims d,
+                          const char* name) {
+  KvSource s{};
+  s.data = t.const_data_ptr();
+  s.type = kv_type(t, name);
+  s.stride = kv_strides(t, d);
+  LMFUSE_CHECK((s.type == KvType::i8) == scales.has_value(), name,
+               " needs scales if and only if it is int8");
+  if (scales) {
+    LMFUSE_CHECK(scales->is_cpu() && scales->scalar_type() == ScalarType::Float &&
+                     scales->dim() + 1 == t.dim(),
+                 "the scales of ", name, " must be float32, one for each token and head");
+    for (int64_t i = 0; i + 1 < t.dim(); ++i)
+      LMFUSE_CHECK(scales->size(i) == t.size(i), "the scales of ", name,
+                   " must be one for each token and head");
+    s.scale = static_cast<const float*>(scales->const_data_ptr());
+    s.scale_stride = kv_strides(*scales, d);
+  }
+  return s;
+}
+
+// All elements of a tensor of int32 or int64, in order.
+inline std::vector<int64_t> integers(Tensor t, const char* name) {
+  const bool wide = t.scalar_type() == ScalarType::Long;
+  LMFUSE_CHECK(t.is_cpu() && (wide || t.scalar_type() == ScalarType::Int), name,
+               " must be a CPU tensor of int32 or int64");
+  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+  std::vector<int64_t> values(t.numel());
+  for (int64_t i = 0; i < t.numel(); ++i)
+    values[i] = wide ? static_cast<const int64_t*>(t.const_data_ptr())[i]
+                     : static_cast<const int32_t*>(t.const_data_ptr())[i];
+  return values;
+}
+
+}  // namespace lmfuse

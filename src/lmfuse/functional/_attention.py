@@ -1,0 +1,142 @@
+"""The checks that all the attention functions share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32, int8
+
+from lmfuse.functional import _check
+
+FP8 = (float8_e5m2, float8_e4m3fn)
+KV_DTYPES = (float32, bfloat16, float16, *FP8, int8)
+_MASK_DTYPES = (torch.bool, float32, bfloat16, float16)
+
+
+def cpu(name: str, x: object) -> Tensor:
+    """`x`, if it is a tensor on the CPU (or meta)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
+    if not (x.is_cpu or x.is_meta):
+        raise ValueError(f"{name} is on {x.device}, but lmfuse computes on the CPU")
+    return x
+
+
+def heads(name: str, x: Tensor, layout: str, kv: bool = False) -> Tensor:
+    """`x`, with contiguous rows, if it has the dimensions that `layout` names."""
+    if kv:
+        cpu(name, x)
+        if x.dtype not in KV_DTYPES:
+            raise TypeError(
+                f"{name} is {x.dtype}, but must be float32, bfloat16, float16, float8_e5m2, "
+                "float8_e4m3fn or int8"
+            )
+    else:
+        _check.tensor(name, x)
+    dims = layout.count(",") + 1
+    if x.dim() != dims:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be {layout}")
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def groups(query_heads: int, kv_heads: int, of: str) -> None:
+    """Raises unless the query heads are divided evenly among those of the tensor called `of`."""
+    if kv_heads == 0 or query_heads % kv_heads:
+        raise ValueError(
+            f"query has {query_heads} heads, which the {kv_heads} of {of} do not divide"
+        )
+
+
+def equal(name: str, is_: int, must: int, what: str, of: str) -> None:
+    if is_ != must:
+        raise ValueError(f"{name} has {what} {is_}, but must have {must}, that of {of}")
+
+
+def number(name: str, x: float) -> float:
+    """`x`, if it is finite."""
+    value = float(x)
+    if isinstance(x, (int, float)) and not math.isfinite(value):
+        raise ValueError(f"{name} is {x}, but must be finite")
+    return value
+
+
+def softcap(x: float) -> float:
+    """0.0 where there is none: for 0 and for -1, which stands for it in the interface."""
+    value = number("softcap", x)
+    if value in (0.0, -1.0):
+        return 0.0
+    if value < 0.0:
+        raise ValueError(f"softcap is {x}, but must be positive, or 0 or -1 for none")
+    return value
+
+
+def slopes(
+    name: str, x: Tensor | None, query_heads: int, batch: int | None = None
+) -> Tensor | None:
+    """A float32 tensor [heads] or, where `batch` is given, [batch, heads]; None stays None."""
+    if x is None:
+        return None
+    _check.tensor(name, x)
+    shapes = [(query_heads,)] if batch is None else [(query_heads,), (batch, query_heads)]
+    if tuple(x.shape) not in shapes:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, but must have shape "
+            f"{' or '.join(str(s) for s in shapes)}"
+        )
+    return x.to(float32).contiguous()
+
+
+def mask(
+    name: str, x: Tensor | None, batch: int, query_heads: int, queries: int, keys: int
+) -> Tensor | None:
+    """`x` in four dimensions, each of the size given here or 1."""
+    if x is None:
+        return None
+    cpu(name, x)
+    if x.dtype not in _MASK_DTYPES:
+        raise TypeError(
+            f"{name} is {x.dtype}, but must be bool (True: seen) or float32, bfloat16 or float16 "
+            "(added to the scores)"
+        )
+    sizes = (batch, query_heads, queries, keys)
+    if x.dim() > 4 or any(
+        n not in (1, m) for n, m in zip(reversed(x.shape), reversed(sizes), strict=False)
+    ):
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, which cannot broadcast to [batch, heads, queries, "
+            f"keys], {sizes}"
+        )
+    while x.dim() < 4:
+        x = x.unsqueeze(0)
+    return x
+
+
+def token_scales(name: str, x: Tensor | None, of: str, kv: Tensor) -> Tensor | None:
+    """Scales of int8 keys or values: one for each token and head, and only for int8."""
+    if (kv.dtype is int8) != (x is not None):
+        raise TypeError(
+            f"{of} is {kv.dtype}; int8, and nothing else, needs {name}, float32, one for each "
+            "token and head"
+        )
+    if x is None:
+        return None
+    cpu(name, x)
+    if x.dtype is not float32:
+        raise TypeError(f"{name} is {x.dtype}, but must be float32")
+    if x.shape != kv.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, but must have {tuple(kv.shape[:-1])}, one for each "
+            f"token and head of {of}"
+        )
+    return x
+
+
+def indices(name: str, x: Tensor, dims: int) -> Tensor:
+    """`x`, if it is int32 or int64 of so many dimensions."""
+    cpu(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} is {x.dtype}, but must be int32 or int64")
+    if x.dim() != dims:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but must have {dims} dimension(s)")
+    return x

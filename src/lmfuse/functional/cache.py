@@ -1,0 +1,123 @@
+"""Keys and values of new tokens into the slots of a paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lmfuse._library import call, ops, register_fake
+from lmfuse.functional import _attention, _check
+
+_cache_write = ops.cache_write.default
+
+# What kv_cache_dtype may be, and which dtypes of the caches it stands for.
+_NAMES: dict[str, tuple[torch.dtype, ...]] = {
+    "auto": _attention.KV_DTYPES,
+    "fp8": _attention.FP8,
+    "fp8_e5m2": (torch.float8_e5m2,),
+    "fp8_e4m3": (torch.float8_e4m3fn,),
+    "int8": (torch.int8,),
+}
+
+
+def check_cache_dtype(name: str, kv_cache_dtype: str, cache: Tensor) -> None:
+    if kv_cache_dtype not in _NAMES:
+        raise TypeError(f"kv_cache_dtype is {kv_cache_dtype!r}, but must be one of {list(_NAMES)}")
+    if cache.dtype not in _NAMES[kv_cache_dtype]:
+        raise TypeError(f"{name} is {cache.dtype}, which is not kv_cache_dtype {kv_cache_dtype!r}")
+
+
+def check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
+    """Raises unless both are [blocks, kv_heads, block_size, dim] and belong together."""
+    layout = "[blocks, kv_heads, block_size, dim]"
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if _attention.heads(name, cache, layout, kv=True) is not cache:
+            raise ValueError(f"{name} must be contiguous in its last dimension")
+    if key_cache.shape[:3] != value_cache.shape[:3]:
+        raise ValueError(
+            f"value_cache has shape {tuple(value_cache.shape)}, which does not go with that of "
+            f"key_cache, {tuple(key_cache.shape)}"
+        )
+    if key_cache.shape[2] == 0:
+        raise ValueError("key_cache has block_size 0, but a block must hold at least one token")
+    if key_cache.dtype != value_cache.dtype:
+        raise TypeError(
+            f"value_cache is {value_cache.dtype}, but must be {key_cache.dtype}, the dtype of "
+            "key_cache"
+        )
+
+
+def reshape_and_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str = "auto",
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """cache[slot // block_size, h, slot % block_size] = key[t, h], slot = slot_mapping[t]
+
+    Args:
+        key, value: [tokens, kv_heads, dim], float32, bfloat16 or float16.
+        key_cache, value_cache: [blocks, kv_heads, block_size, dim], of the dtype of key, or fp8 or
+            int8; strided, but contiguous in the last dimension. Written in place.
+        slot_mapping: [tokens], int32 or int64; a negative slot is padding and skipped.
+        kv_cache_dtype: "auto", or what the caches must be: "fp8", "fp8_e5m2", "fp8_e4m3", "int8".
+        k_scale, v_scale: of fp8 caches, which then hold key / k_scale, saturated at the largest
+            finite value.
+        key_scales, value_scales: of int8 caches: float32 [blocks, kv_heads, block_size]; receive
+            max |x| / 127 of each token and head.
+
+    Returns:
+        key_cache and value_cache themselves.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, or a slot beyond the cache; see the text
+            of the error.
+    """
+    check_caches(key_cache, value_cache)
+    check_cache_dtype("key_cache", kv_cache_dtype, key_cache)
+    key = _attention.heads("key", key, "[tokens, kv_heads, dim]")
+    value = _attention.heads("value", value, "[tokens, kv_heads, dim]")
+    if value.dtype != key.dtype:
+        raise TypeError(f"value is {value.dtype}, but must be {key.dtype}, the dtype of key")
+    if key_cache.dtype in _check.FLOATS and key_cache.dtype != key.dtype:
+        raise TypeError(
+            f"key_cache is {key_cache.dtype}, but must be {key.dtype}, the dtype of key, or fp8 or "
+            "int8"
+        )
+    for name, x, cache in (("key", key, key_cache), ("value", value, value_cache)):
+        _attention.equal(name, x.shape[1], cache.shape[1], "number of heads", f"{name}_cache")
+        _attention.equal(name, x.shape[2], cache.shape[3], "head dimension", f"{name}_cache")
+        _check.writable(f"{name}_cache", cache)
+    _attention.equal("value", value.shape[0], key.shape[0], "length", "key")
+    slots = _attention.indices("slot_mapping", slot_mapping, 1)
+    _attention.equal("slot_mapping", slots.shape[0], key.shape[0], "length", "key")
+    key_scales = _attention.token_scales("key_scales", key_scales, "key_cache", key_cache)
+    value_scales = _attention.token_scales("value_scales", value_scales, "value_cache", value_cache)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if _attention.number(name, scale) == 0.0:
+            raise ValueError(f"{name} is 0, but the cache holds what is divided by it")
+    call(
+        _cache_write,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slots,
+        key_scales,
+        value_scales,
+        float(k_scale),
+        float(v_scale),
+        written=(key_cache, value_cache),
+    )
+    return key_cache, value_cache
+
+
+@register_fake("cache_write")
+def _(*_: object) -> None:
+    return None

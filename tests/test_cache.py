@@ -1,0 +1,154 @@
+"""Writing keys and values into caches: layouts, padding, fp8 and int8, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import lmfuse
+from lmfuse.functional import reshape_and_cache
+
+FP8 = (torch.float8_e5m2, torch.float8_e4m3fn)
+
+
+@pytest.fixture(params=lmfuse.available_isas())
+def isa(request):
+    with lmfuse.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def expected(x: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+    """`cache` with the rows of `x` in their slots, token by token."""
+    cache, block = cache.clone(), cache.shape[2]
+    for t, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            cache[slot // block, :, slot % block] = x[t].to(cache.dtype)
+    return cache
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+@pytest.mark.parametrize("block", [1, 3, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_lie_in_their_slots(isa, dtype, block):
+    """Any block size, int32 and int64 slots, padding, strided tokens and a strided cache."""
+    tokens, heads, dim, value_dim = 9, 3, 21, 40
+    qkv = torch.randn(tokens, heads * (dim + value_dim)).to(dtype)
+    key = qkv[:, : heads * dim].view(tokens, heads, dim)
+    value = qkv[:, heads * dim :].view(tokens, heads, value_dim)
+    key_cache = torch.full((20, heads, block, dim), 7.0, dtype=dtype)
+    value_cache = torch.full((20, block, heads, value_dim), 7.0, dtype=dtype).transpose(1, 2)
+    slots = torch.randperm(20 * block)[:tokens]
+    slots[2], slots[5] = -1, -(2**40)
+    want = expected(key, key_cache, slots), expected(value, value_cache, slots)
+    got = reshape_and_cache(key, value, key_cache, value_cache, slots)
+    assert got[0] is key_cache
+    assert got[1] is value_cache
+    assert torch.equal(key_cache, want[0])
+    assert torch.equal(value_cache, want[1])
+    slots[5] = -7
+    lmfuse.functional.reshape_and_cache(key, value, key_cache, value_cache, slots.int())
+    assert torch.equal(key_cache, want[0])
+
+
+@pytest.mark.parametrize("fp8", FP8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_rounds_to_even_and_saturates(isa, dtype, fp8):
+    """Every finite fp8 value, every tie between neighbours, and values beyond the largest."""
+    codes = torch.arange(256, dtype=torch.uint8).view(fp8).float()
+    finite = codes[codes.isfinite()].sort().values
+    ties = (finite[1:] + finite[:-1]) / 2
+    largest = torch.finfo(fp8).max
+    x = torch.cat((finite, ties, ties * 1.001, torch.tensor([largest * 1.5, -largest * 9])))
+    x = x[: x.numel() // 8 * 8].reshape(-1, 1, 8).to(dtype)
+    x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    cache = torch.zeros(x.shape[0], 1, 1, 8).to(fp8)
+    slots = torch.arange(x.shape[0])
+    reshape_and_cache(x, x, cache, cache.clone(), slots, "fp8")
+    want = x.float().clamp(-largest, largest).to(fp8)
+    assert torch.equal(cache.float().flatten(), want.float().flatten())
+    reshape_and_cache(x * 4, x, cache, cache.clone(), slots, "auto", k_scale=4.0)
+    scaled = (x * 4).float().div(4).clamp(-largest, largest).to(fp8)
+    assert torch.equal(cache.float().flatten(), scaled.float().flatten())
+
+
+def test_fp8_keeps_nan(isa):
+    x = torch.tensor([[[float("nan"), 1.0]]])
+    for fp8 in FP8:
+        cache = torch.zeros(1, 1, 1, 2).to(fp8)
+        reshape_and_cache(x, x, cache, cache.clone(), torch.tensor([0]))
+        assert cache.float().isnan().flatten().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_has_a_scale_per_token_and_head(isa, dtype):
+    x = torch.randn(6, 3, 70).to(dtype) * torch.logspace(-3, 3, 18).view(6, 3, 1).to(dtype)
+    x[1, 2] = 0
+    caches = [torch.zeros(2, 3, 4, 70, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.full((2, 3, 4), 9.0) for _ in range(2)]
+    reshape_and_cache(x, x, *caches, torch.arange(6), key_scales=scales[0], value_scales=scales[1])
+    back = (caches[0].float() * scales[0].unsqueeze(-1)).transpose(1, 2).reshape(8, 3, 70)
+    limit = x.float().abs().amax(-1, keepdim=True) / 127 * 0.501 + 1e-30
+    assert ((back[:6] - x.float()).abs() <= limit).all()
+    assert (scales[0].transpose(1, 2).reshape(8, 3)[6:] == 9).all()
+    assert torch.equal(caches[0], caches[1])
+
+
+def _valid() -> dict[str, object]:
+    cache = torch.zeros(4, 2, 8, 16)
+    return {
+        "key": torch.randn(3, 2, 16),
+        "value": torch.randn(3, 2, 16),
+        "key_cache": cache,
+        "value_cache": cache.clone(),
+        "slot_mapping": torch.tensor([0, 5, 31]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"slot_mapping": torch.tensor([0, 5, 32])}, ValueError, r"slot_mapping\[2\] is 32"),
+        ({"slot_mapping": torch.tensor([0, 2**40, 1])}, ValueError, "slot_mapping"),
+        ({"slot_mapping": torch.tensor([0, 5])}, ValueError, "slot_mapping"),
+        ({"slot_mapping": torch.tensor([0.0, 5, 6])}, TypeError, "slot_mapping"),
+        ({"key": torch.randn(3, 3, 16)}, ValueError, "key"),
+        ({"value": torch.randn(3, 2, 15)}, ValueError, "value"),
+        ({"key": torch.randn(3, 2, 16).bfloat16()}, TypeError, "value"),
+        ({"value_cache": torch.zeros(4, 2, 8, 16).bfloat16()}, TypeError, "value_cache"),
+        ({"value_cache": torch.zeros(4, 2, 4, 16)}, ValueError, "value_cache"),
+        ({"value_cache": torch.zeros(4, 2, 16)}, ValueError, "value_cache"),
+        ({"key_cache": torch.zeros(1, 2, 8, 16).expand(4, -1, -1, -1)}, ValueError, "key_cache"),
+        ({"kv_cache_dtype": "fp8"}, TypeError, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "int4"}, TypeError, "kv_cache_dtype"),
+        ({"key_scales": torch.zeros(4, 2, 8)}, TypeError, "key_scales"),
+        ({"k_scale": 0.0}, ValueError, "k_scale"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(change, error, text):
+    arguments = {**_valid(), **change}
+    before = [bits(arguments[n].clone()) for n in ("key_cache", "value_cache")]
+    with pytest.raises(error, match=text):
+        reshape_and_cache(**arguments)
+    after = [bits(arguments[n]) for n in ("key_cache", "value_cache")]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_opcheck_and_compile():
+    a = _valid()
+    args = (*a.values(), None, None, 1.0, 1.0)
+    torch.library.opcheck(torch.ops.lmfuse.cache_write.default, args)
+    compiled = torch.compile(reshape_and_cache, fullgraph=True, backend="aot_eager")
+    want = [c.clone() for c in (a["key_cache"], a["value_cache"])]
+    reshape_and_cache(a["key"], a["value"], *want, a["slot_mapping"])
+    compiled(**a)
+    assert torch.equal(a["key_cache"], want[0])
+    torch._dynamo.reset()

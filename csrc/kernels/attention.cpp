@@ -1,8 +1,8 @@
 // Attention over chunks of kKeyChunk keys. For each chunk: keys and values are packed once, and
-// all rows that see them follow in blocks: scores, e^(s - m) with the largest score m of the chunk,
-// weighted values, each from zero. Then the chunk joins what came before it,
+// all rows that see them follow in blocks: scores s in units of log 2, 2^(s - m) with the largest
+// score m of the chunk, weighted values, each from zero. Then the chunk joins what came before it,
 //
-//   M' = max(M, m),  A' = A e^(M - M') + a e^(m - M'),  L' = L e^(M - M') + l e^(m - M')
+//   M' = max(M, m),  A' = A 2^(M - M') + a 2^(m - M'),  L' = L 2^(M - M') + l 2^(m - M')
 //
 // which is the same sum, in the same order, whether it happens at once or in attention_join after
 // the chunks were spread over threads. One decoded token, a prompt, a piece of a prompt: all are
@@ -13,46 +13,49 @@
 namespace lmfuse::LMFUSE_ISA {
 namespace {
 
-// A running softmax of one row: the largest score, the sum, and where the weighted values are.
-struct Running {
-  float largest, sum;
+// Largest scores (in units of log 2) and sums of some rows, one after the other.
+struct Softmax {
+  float *largest, *sum;
 };
 
-struct Factors {
-  float old_part, new_part;
-};
-
-// Joins m to r; the values are to be multiplied by the factors. No key seen so far: all is zero.
-LMFUSE_INLINE Factors join(Running& r, RowSums m) {
-  const float largest = r.largest > m.largest ? r.largest : m.largest;
-  const float base = largest == kNever ? 0.0f : largest;
-  float old_part[kLanes], new_part[kLanes];
-  store(old_part, exp(broadcast(r.largest - base)));
-  store(new_part, exp(broadcast(m.largest - base)));
-  r.sum = r.sum * old_part[0] + m.sum * new_part[0];
-  r.largest = largest;
-  return {old_part[0], new_part[0]};
+// Joins m to r, n rows; what r and m weighted is to be multiplied by old_part and new_part. Where
+// neither saw a key, both are 0.
+LMFUSE_INLINE void join(Softmax r, Softmax m, int64_t n, float* old_part, float* new_part) {
+  const auto step = [&](int64_t i, auto l) LMFUSE_LAMBDA {
+    const Vec before = load(r.largest + i, l), more = load(m.largest + i, l);
+    const Vec largest = max(before, more);
+    const Vec base = max(largest, broadcast(-3e38f));  // -inf less itself would be NaN
+    const Vec old_factor = exp2<float>(before - base), new_factor = exp2<float>(more - base);
+    const Vec sum = fma(load(r.sum + i, l), old_factor, load(m.sum + i, l) * new_factor);
+    store(r.largest + i, largest, l);
+    store(r.sum + i, sum, l);
+    store(old_part + i, old_factor, l);
+    store(new_part + i, new_factor, l);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) step(i, All{});
+  if (i < n) step(i, Lanes::first(n - i));
 }
 
-LMFUSE_INLINE void join_values(float* sum, const float* more, int64_t n, Factors f) {
-  const Vec old_part = broadcast(f.old_part), new_part = broadcast(f.new_part);
-  map(sum, n, [&](int64_t i, auto l) {
-    return fma(load(sum + i, l), old_part, load(more + i, l) * new_part);
+LMFUSE_INLINE void join_values(float* sum, const float* more, int64_t n, float old_part,
+                               float new_part) {
+  const Vec old_factor = broadcast(old_part), new_factor = broadcast(new_part);
+  map(sum, n, [&](int64_t i, auto l) LMFUSE_LAMBDA {
+    return fma(load(sum + i, l), old_factor, load(more + i, l) * new_factor);
   });
 }
 
 // out = values / sum, with the sink as one more key of no value. A row that saw no key: zeros.
-void finish_row(const AttentionArgs& a, const RowInfo& row, int64_t head, Running r,
+void finish_row(const AttentionArgs& a, const RowInfo& row, int64_t head, float largest, float sum,
                 const float* values) {
-  float sum = r.sum, factor = a.value_scale;
+  float factor = a.value_scale;
   if (a.sinks) {
-    const Factors f = join(r, {a.sinks[head], 1.0f});
-    sum = r.sum;
-    factor *= f.old_part;
+    float sink = a.sinks[head] * kLog2E, one = 1.0f, old_part, new_part;
+    join({&largest, &sum}, {&sink, &one}, 1, &old_part, &new_part);
+    factor *= old_part;
   }
   const Vec inverse = broadcast(sum == 0.0f ? 0.0f : factor / sum);
-  const int64_t at =
-      a.sequences[row.seq].out + row.query * a.out_stride_s + head * a.out_stride_h;
+  const int64_t at = a.sequences[row.seq].out + row.query * a.out_stride_s + head * a.out_stride_h;
   with_type(a.dtype, [&](auto t) {
     map(static_cast<decltype(t)*>(a.out) + at, a.value_dim,
         [&](int64_t i, auto l) { return load(values + i, l) * inverse; });
@@ -92,25 +95,37 @@ class Attend {
     weights_ = s.take<Input>(kBlock * kWeightsRow);
     products_ = s.take<float>(kBlock * kPanel);
     sums_ = s.take<float>(kAttentionRows * value_width_);
-    running_ = s.take<Running>(kAttentionRows);
+    running_ = {s.take<float>(kAttentionRows), s.take<float>(kAttentionRows)};
     rows_ = s.take<RowInfo>(kAttentionRows);
-    key_rows_ = s.take<ChunkRows>(1);
-    value_rows_ = s.take<ChunkRows>(1);
+    now_ = s.take<Found>(1);
+    next_ = s.take<Found>(1);
     scratch_ = s.used();
+    if (scratch) now_->seq = next_->seq = nullptr;
   }
   int64_t scratch() const { return scratch_; }
 
-  void run(const AttentionUnit& u, int64_t kv_head) {
+  // next: the unit after this one, whose first keys are fetched already; or null.
+  void run(const AttentionUnit& u, int64_t kv_head, const AttentionUnit* next, int64_t next_head) {
     const int64_t count = u.seq_count * u.row_count, group = a_.heads / a_.kv_heads;
     first_head_ = kv_head * group;
     for (int64_t r = 0; r < count; ++r) {
       rows_[r] = row_info(a_, u, r);
-      running_[r] = {kNever, 0.0f};
+      running_.largest[r] = kNever;
+      running_.sum[r] = 0.0f;
       load_query(rows_[r], queries_ + r * width_);
     }
     for (int64_t i = 0; i < count * value_width_; ++i) sums_[i] = 0.0f;
-    for (int64_t c = u.chunk; c < u.chunk + u.chunk_count; ++c)
-      chunk(a_.sequences[u.seq], c * kKeyChunk, count, kv_head);
+    const int64_t last = u.chunk + u.chunk_count;
+    for (int64_t c = u.chunk; c < last; ++c) {
+      if (c + 1 < last) {
+        look_ahead(u.seq, kv_head, c + 1);
+      } else if (next) {
+        look_ahead(next->seq, next_head, next->chunk);
+      } else {
+        next_->keys.count = 0;
+      }
+      chunk(u.seq, c, count, kv_head);
+    }
     for (int64_t r = 0; r < count; ++r) leave(u, r, kv_head);
   }
 
@@ -137,14 +152,52 @@ class Attend {
     return end < limit ? end : limit;
   }
 
-  void chunk(const AttentionSequence& s, int64_t begin, int64_t count, int64_t kv_head) {
-    const int64_t end = last_seen(0, count, begin + kKeyChunk);
+  // Where the keys and values of a chunk are.
+  struct Found {
+    const AttentionSequence* seq;
+    int64_t kv_head, begin;
+    ChunkRows keys, values;
+  };
+
+  void find(Found& to, int64_t seq, int64_t kv_head, int64_t begin, int64_t end) {
+    const AttentionSequence& s = a_.sequences[seq];
+    to.seq = &s;
+    to.kv_head = kv_head;
+    to.begin = begin;
+    find_rows(a_, s, a_.key, s.key, s.key_scale, kv_head, begin, end, to.keys);
+    find_rows(a_, s, a_.value, s.value, s.value_scale, kv_head, begin, end, to.values);
+  }
+
+  void look_ahead(int64_t seq, int64_t kv_head, int64_t c) {
+    const int64_t begin = c * kKeyChunk, length = a_.sequences[seq].kv_len;
+    const int64_t end = length < begin + kKeyChunk ? length : begin + kKeyChunk;
+    if (end > begin) {
+      find(*next_, seq, kv_head, begin, end);
+    } else {
+      next_->keys.count = 0;
+    }
+  }
+
+  // Two panels ahead: less does not reach over the products between two chunks.
+  void prefetch(int64_t panel, int64_t panels) {
+    constexpr int64_t kPanelsAhead = 2;
+    const bool here = panel + kPanelsAhead < panels;
+    const Found& from = here ? *now_ : *next_;
+    if (!here && next_->keys.count == 0) return;
+    const int64_t p = panel + kPanelsAhead - (here ? 0 : panels);
+    prefetch_rows(from.keys, p, a_.dim * kv_bytes(a_.key.type));
+    prefetch_rows(from.values, p, a_.value_dim * kv_bytes(a_.value.type));
+  }
+
+  void chunk(int64_t seq, int64_t c, int64_t count, int64_t kv_head) {
+    const int64_t begin = c * kKeyChunk, end = last_seen(0, count, begin + kKeyChunk);
     if (end <= begin) return;
-    find_rows(a_, s, a_.key, s.key, s.key_scale, kv_head, begin, end, *key_rows_);
-    find_rows(a_, s, a_.value, s.value, s.value_scale, kv_head, begin, end, *value_rows_);
-    for (int64_t p = 0; p * kPanel < end - begin; ++p) {
-      pack_keys(a_.key.type, *key_rows_, p, a_.dim, stage_, keys_ + p * kPanel * width_);
-      pack_values(a_.value.type, *value_rows_, p * kPanel, a_.value_dim, stage_, values_,
+    find(*now_, seq, kv_head, begin, end);
+    const int64_t panels = (end - begin + kPanel - 1) / kPanel;
+    for (int64_t p = 0; p < panels; ++p) {
+      prefetch(p, panels);
+      pack_keys(a_.key.type, now_->keys, p, a_.dim, stage_, keys_ + p * kPanel * width_);
+      pack_values(a_.value.type, now_->values, p * kPanel, a_.value_dim, stage_, values_,
                   kKeyChunk * kPanel);
     }
     for (int64_t r = 0; r < count; r += kBlock)
@@ -188,22 +241,25 @@ class Attend {
     multiply(tile, place, queries_ + first * width_, width_, keys_, kPanel * width_, panels, width_,
              scores_, panel_rows);
 
-    Factors factors[kBlock];
+    alignas(64) float largest[kBlock], sum[kBlock], old_part[kBlock], new_part[kBlock];
     for (int64_t r = 0; r < count; ++r) {
       const RowInfo& row = rows_[first + r];
       const Scores scores{scores_ + place.at(r, tile.rows()) * kPanel, panel_rows, keys};
-      const RowSums sums =
-          softmax_row(a_, row, first_head_ + row.head, begin, *key_rows_, *value_rows_, scores,
-                      weights_ + r * kWeightsRow);
-      factors[r] = join(running_[first + r], sums);
+      const RowSums row_sums = softmax_row(a_, row, first_head_ + row.head, begin, now_->keys,
+                                           now_->values, scores, weights_ + r * kWeightsRow);
+      largest[r] = row_sums.largest;
+      sum[r] = row_sums.sum;
     }
+    join({running_.largest + first, running_.sum + first}, {largest, sum}, count, old_part,
+         new_part);
 
     for (int64_t d = 0; d < value_width_; d += kPanel) {
       multiply(tile, place, weights_, kWeightsRow, values_ + d * kKeyChunk, 0, 1, keys, products_,
                0);
       for (int64_t r = 0; r < count; ++r)
         join_values(sums_ + (first + r) * value_width_ + d,
-                    products_ + place.at(r, tile.rows()) * kPanel, kPanel, factors[r]);
+                    products_ + place.at(r, tile.rows()) * kPanel, kPanel, old_part[r],
+                    new_part[r]);
     }
   }
 
@@ -212,15 +268,16 @@ class Attend {
     const AttentionSequence& s = a_.sequences[rows_[r].seq];
     const float* values = sums_ + r * value_width_;
     if (s.partial < 0) {
-      finish_row(a_, rows_[r], first_head_ + rows_[r].head, running_[r], values);
+      finish_row(a_, rows_[r], first_head_ + rows_[r].head, running_.largest[r], running_.sum[r],
+                 values);
       return;
     }
     const int64_t rows = s.q_len * (a_.heads / a_.kv_heads), row = u.row + r % u.row_count;
     const int64_t entry =
         s.partial + ((u.chunk - s.first_chunk) * a_.kv_heads + kv_head) * rows + row;
     float* to = a_.partials + entry * attention_entry(a_.value_dim);
-    to[0] = running_[r].largest;
-    to[1] = running_[r].sum;
+    to[0] = running_.largest[r];
+    to[1] = running_.sum[r];
     map(to + 16, value_width_, [&](int64_t i, auto l) { return load(values + i, l); });
   }
 
@@ -229,9 +286,9 @@ class Attend {
   int64_t scratch_, first_head_ = 0;
   Input *queries_, *keys_, *values_, *stage_, *weights_;
   float *scores_, *products_, *sums_;
-  Running* running_;
+  Softmax running_;
   RowInfo* rows_;
-  ChunkRows *key_rows_, *value_rows_;
+  Found *now_, *next_;
 };
 
 #if defined(LMFUSE_TILES)
@@ -264,7 +321,9 @@ int64_t attention_scratch(const AttentionArgs& a) {
 void attention(const AttentionArgs& a, int64_t begin, int64_t end) {
   with_tile(a, [&]<class Tile>() {
     Attend<Tile> attend(a, a.scratch);
-    for (int64_t i = begin; i < end; ++i) attend.run(a.units[i / a.kv_heads], i % a.kv_heads);
+    for (int64_t i = begin; i < end; ++i)
+      attend.run(a.units[i / a.kv_heads], i % a.kv_heads,
+                 i + 1 < end ? &a.units[(i + 1) / a.kv_heads] : nullptr, (i + 1) % a.kv_heads);
   });
 }
 
@@ -279,13 +338,14 @@ void attention_join(const AttentionArgs& a, int64_t begin, int64_t end) {
     const AttentionUnit all{seq, 1, 0, rows, s.first_chunk, s.chunks};
     for (int64_t r = 0; r < rows; ++r) {
       const RowInfo row = row_info(a, all, r);
-      Running running{kNever, 0.0f};
+      float largest = kNever, sum = 0.0f, old_part, new_part;
       map(values, entry - 16, [](int64_t, auto) { return broadcast(0.0f); });
       for (int64_t c = 0; c < s.chunks; ++c) {
-        const float* from = a.partials + (s.partial + (c * a.kv_heads + kv_head) * rows + r) * entry;
-        join_values(values, from + 16, entry - 16, join(running, {from[0], from[1]}));
+        float* from = a.partials + (s.partial + (c * a.kv_heads + kv_head) * rows + r) * entry;
+        join({&largest, &sum}, {from, from + 1}, 1, &old_part, &new_part);
+        join_values(values, from + 16, entry - 16, old_part, new_part);
       }
-      finish_row(a, row, kv_head * group + row.head, running, values);
+      finish_row(a, row, kv_head * group + row.head, largest, sum, values);
     }
   }
 }

@@ -23,6 +23,13 @@ LMFUSE_INLINE int64_t kv_bytes(KvType type) {
   return type == KvType::f32 ? 4 : type == KvType::bf16 || type == KvType::f16 ? 2 : 1;
 }
 
+// Panel p of these rows, on its way from memory.
+LMFUSE_INLINE void prefetch_rows(const ChunkRows& rows, int64_t panel, int64_t bytes) {
+  const int64_t first = panel * kPanel, last = first + kPanel;
+  for (int64_t r = first; r < last && r < rows.count; ++r)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows.row[r] + at, 0, 2);
+}
+
 inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const KvSource& from,
                       int64_t first, int64_t scale_first, int64_t head, int64_t begin, int64_t end,
                       ChunkRows& rows) {
@@ -32,11 +39,9 @@ inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const 
   const float* scale = from.scale ? from.scale + scale_first + head * from.scale_stride.head
                                   : nullptr;
   rows.count = end - begin;
-  int64_t i = 0;
-  for (int64_t p = begin; p < end;) {
-    const int64_t block = p / a.block, in_block = p - block * a.block;
-    int64_t stop = p - in_block + a.block;
-    if (stop > end) stop = end;
+  int64_t i = 0, block = begin / a.block, in_block = begin - block * a.block;
+  for (int64_t p = begin; p < end; ++block, in_block = 0) {
+    const int64_t rest = a.block - in_block, stop = rest < end - p ? p + rest : end;
     const int64_t entry = s.table ? s.table[block] : 0, at = a.absolute ? p : in_block;
     const char* row = base + entry * from.stride.block * size + at * step;
     const float* row_scale =
@@ -53,55 +58,34 @@ inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const 
     for (; i < kKeyChunk; ++i) rows.scale[i] = 0.0f;
 }
 
-// n elements of a row as To (float or bf16_t), zeros up to padded. The loops over bytes are left
-// to the compiler's vectorizer.
-template <class To>
-LMFUSE_INLINE void widen_row(KvType type, const char* row, int64_t n, int64_t padded, To* to) {
-  const auto copy = [&](auto* from) LMFUSE_LAMBDA {
-    map(to, n, [&](int64_t i, auto l) { return load(from + i, l); });
-  };
-  constexpr int64_t kPart = 64;
-  const auto* bytes = reinterpret_cast<const uint8_t*>(row);
-  // fp8 by way of fp16, whose upper byte e5m2 is; e4m3 has its exponent 8 lower there.
-  const auto parts = [&](auto part) LMFUSE_LAMBDA {
-    for (int64_t i = 0; i < n; i += kPart) part(i, n - i < kPart ? n - i : kPart);
-  };
+// Calls f with a row of the C++ type that stores it.
+template <class F>
+LMFUSE_INLINE void with_row(KvType type, const char* row, F f) {
   switch (type) {
     case KvType::f32:
-      copy(reinterpret_cast<const float*>(row));
-      break;
+      return f(reinterpret_cast<const float*>(row));
     case KvType::bf16:
-      copy(reinterpret_cast<const bf16_t*>(row));
-      break;
+      return f(reinterpret_cast<const bf16_t*>(row));
     case KvType::f16:
-      copy(reinterpret_cast<const f16_t*>(row));
-      break;
+      return f(reinterpret_cast<const f16_t*>(row));
     case KvType::e5m2:
-      parts([&](int64_t i, int64_t m) {
-        f16_t half[kPart];
-        for (int64_t j = 0; j < m; ++j) half[j].bits = static_cast<uint16_t>(bytes[i + j] << 8);
-        map(to + i, m, [&](int64_t j, auto l) { return load(half + j, l); });
-      });
-      break;
+      return f(reinterpret_cast<const e5m2_t*>(row));
     case KvType::e4m3:
-      parts([&](int64_t i, int64_t m) {
-        f16_t half[kPart];
-        for (int64_t j = 0; j < m; ++j) {
-          const int b = bytes[i + j];
-          const int magnitude = (b & 0x7f) == 0x7f ? 0x7e00 : (b & 0x7f) << 7;  // 0x7f: NaN
-          half[j].bits = static_cast<uint16_t>((b & 0x80) << 8 | magnitude);
-        }
-        map(to + i, m, [&](int64_t j, auto l) { return load(half + j, l) * broadcast(256.0f); });
-      });
-      break;
+      return f(reinterpret_cast<const e4m3_t*>(row));
     case KvType::i8:
-      parts([&](int64_t i, int64_t m) {
-        float wide[kPart];
-        for (int64_t j = 0; j < m; ++j) wide[j] = static_cast<int8_t>(bytes[i + j]);
-        map(to + i, m, [&](int64_t j, auto l) { return load(wide + j, l); });
-      });
-      break;
+      return f(reinterpret_cast<const i8_t*>(row));
   }
+}
+
+// n elements of a row as To (float or bf16_t), zeros up to padded.
+template <class To>
+LMFUSE_INLINE void widen_row(KvType type, const char* row, int64_t n, int64_t padded, To* to) {
+  with_row(type, row, [&](auto* from) LMFUSE_LAMBDA {
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+      store_low(to + i, load(from + i), load(from + i + kLanes));
+    map(to + i, n - i, [&](int64_t j, auto l) { return load(from + i + j, l); });
+  });
   for (int64_t i = n; i < padded; ++i) to[i] = To{};
 }
 

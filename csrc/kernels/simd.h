@@ -4,8 +4,9 @@
 //
 //   Vec            kLanes fp32 values: + - * /, fma, min, max, sqrt, abs, round, select …
 //   Lanes          how many lanes of a step are in use: all() or the first n (a tail)
-//   load(p, l)     p is float, bf16_t or f16_t; lanes beyond l are 0
+//   load(p, l)     p is float, bf16_t, f16_t, i8_t, e5m2_t or e4m3_t; lanes beyond l are 0
 //   store(p, v, l) rounds to nearest even
+//   store_low(p, a, b)   2 * kLanes values, where a subnormal bf16 may become 0
 //   load_pairs     2 * kLanes bf16 -> first and second of each pair
 //   interleave, deinterleave   even and odd elements together and apart
 //   transpose(v)   kLanes vectors of kLanes 32-bit elements, rows to columns; bits are kept
@@ -28,6 +29,15 @@ struct bf16_t {
 };
 struct f16_t {
   uint16_t bits;
+};
+struct i8_t {  // loads only, as the fp8 types
+  int8_t bits;
+};
+struct e5m2_t {
+  uint8_t bits;
+};
+struct e4m3_t {
+  uint8_t bits;
 };
 
 template <class To, class From>

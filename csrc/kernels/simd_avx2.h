@@ -169,5 +169,40 @@ LMFUSE_INLINE void zip(const bf16_t* a, const bf16_t* b, bf16_t* to) {
   }
 }
 
+// fp8 by way of fp16: e5m2 is its upper byte; e4m3, but for NaN, has an exponent 8 lower there.
+LMFUSE_INLINE Vec widen(__m128i bytes, i8_t) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
+LMFUSE_INLINE Vec widen(__m128i bytes, e5m2_t) {
+  return {_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes), 8))};
+}
+LMFUSE_INLINE Vec widen(__m128i bytes, e4m3_t) {
+  const __m128i x = _mm_cvtepi8_epi16(bytes), most = _mm_set1_epi16(0x7f);
+  const __m128i rest = _mm_and_si128(x, most);
+  const __m128i magnitude = _mm_blendv_epi8(_mm_slli_epi16(rest, 7), _mm_set1_epi16(0x7e00),
+                                            _mm_cmpeq_epi16(rest, most));
+  const __m128i sign = _mm_and_si128(x, _mm_set1_epi16(-0x8000));
+  return {_mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, magnitude)), _mm256_set1_ps(256.0f))};
+}
+#define LMFUSE_LOAD_BYTES(T)                                                 \
+  LMFUSE_INLINE Vec load(const T* p) {                                       \
+    return widen(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), T{}); \
+  }                                                                          \
+  LMFUSE_INLINE Vec load(const T* p, Lanes l) {                              \
+    T buffer[kLanes] = {};                                                   \
+    __builtin_memcpy(buffer, p, l.n * sizeof(T));                            \
+    return load(buffer);                                                     \
+  }
+LMFUSE_LOAD_BYTES(i8_t)
+LMFUSE_LOAD_BYTES(e5m2_t)
+LMFUSE_LOAD_BYTES(e4m3_t)
+#undef LMFUSE_LOAD_BYTES
+
+template <class T>
+LMFUSE_INLINE void store_low(T* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+
 }  // namespace
 }  // namespace lmfuse::LMFUSE_ISA

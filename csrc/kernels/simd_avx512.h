@@ -174,5 +174,47 @@ LMFUSE_INLINE void zip(const bf16_t* a, const bf16_t* b, bf16_t* to) {
   _mm512_storeu_si512(to + 2 * kLanes, _mm512_permutex2var_epi16(x, high, y));
 }
 
+// fp8 by way of fp16: e5m2 is its upper byte; e4m3, but for NaN, has an exponent 8 lower there.
+LMFUSE_INLINE Vec widen(__m128i bytes, i8_t) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+LMFUSE_INLINE Vec widen(__m128i bytes, e5m2_t) {
+  return {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8))};
+}
+LMFUSE_INLINE Vec widen(__m128i bytes, e4m3_t) {
+  const __m256i x = _mm256_cvtepi8_epi16(bytes);
+  const __m256i rest = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
+  const __mmask16 nan = _mm256_cmpeq_epi16_mask(rest, _mm256_set1_epi16(0x7f));
+  const __m256i magnitude =
+      _mm256_mask_mov_epi16(_mm256_slli_epi16(rest, 7), nan, _mm256_set1_epi16(0x7e00));
+  const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16(-0x8000));
+  return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, magnitude)),
+                        _mm512_set1_ps(256.0f))};
+}
+#define LMFUSE_LOAD_BYTES(T)                                                \
+  LMFUSE_INLINE Vec load(const T* p) {                                      \
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{}); \
+  }                                                                         \
+  LMFUSE_INLINE Vec load(const T* p, Lanes l) {                             \
+    return widen(_mm_maskz_loadu_epi8(l.mask, p), T{});                     \
+  }
+LMFUSE_LOAD_BYTES(i8_t)
+LMFUSE_LOAD_BYTES(e5m2_t)
+LMFUSE_LOAD_BYTES(e4m3_t)
+#undef LMFUSE_LOAD_BYTES
+
+LMFUSE_INLINE void store_low(float* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+LMFUSE_INLINE void store_low(bf16_t* p, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, bit_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
+#else
+  store(p, a);
+  store(p + kLanes, b);
+#endif
+}
+
 }  // namespace
 }  // namespace lmfuse::LMFUSE_ISA

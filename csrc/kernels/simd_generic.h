@@ -100,6 +100,13 @@ LMFUSE_INLINE float widen(f16_t x) {
   // 2^112 moves the exponent from fp16's bias to fp32's, subnormals included.
   return bit_cast<float>(bit_cast<uint32_t>(bit_cast<float>(shifted) * 0x1p112f) | sign);
 }
+LMFUSE_INLINE float widen(i8_t x) { return x.bits; }
+// fp8 by way of fp16: e5m2 is its upper byte; e4m3, but for NaN, has an exponent 8 lower there.
+LMFUSE_INLINE float widen(e5m2_t x) { return widen(f16_t{static_cast<uint16_t>(x.bits << 8)}); }
+LMFUSE_INLINE float widen(e4m3_t x) {
+  const int rest = x.bits & 0x7f, magnitude = rest == 0x7f ? 0x7e00 : rest << 7;
+  return widen(f16_t{static_cast<uint16_t>((x.bits & 0x80) << 8 | magnitude)}) * 256.0f;
+}
 LMFUSE_INLINE void narrow(float* p, float x) { *p = x; }
 LMFUSE_INLINE void narrow(bf16_t* p, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
@@ -177,6 +184,12 @@ LMFUSE_INLINE void zip(const bf16_t* a, const bf16_t* b, bf16_t* to) {
     to[2 * i] = a[i];
     to[2 * i + 1] = b[i];
   }
+}
+
+template <class T>
+LMFUSE_INLINE void store_low(T* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + kLanes, b);
 }
 
 }  // namespace

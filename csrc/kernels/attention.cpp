@@ -122,7 +122,7 @@ class Attend {
       } else if (next) {
         look_ahead(next->seq, next_head, next->chunk);
       } else {
-        next_->keys.count = 0;
+        next_->keys.count = next_->values.count = 0;
       }
       chunk(u.seq, c, count, kv_head);
     }
@@ -174,19 +174,20 @@ class Attend {
     if (end > begin) {
       find(*next_, seq, kv_head, begin, end);
     } else {
-      next_->keys.count = 0;
+      next_->keys.count = next_->values.count = 0;
     }
   }
 
-  // Two panels ahead: less does not reach over the products between two chunks.
-  void prefetch(int64_t panel, int64_t panels) {
+  // The rows kPanelsAhead panels on, which may be those of the next chunk: far enough to reach over
+  // the products between two chunks.
+  RowsAhead ahead(int64_t panel, int64_t panels, bool keys) const {
     constexpr int64_t kPanelsAhead = 2;
-    const bool here = panel + kPanelsAhead < panels;
-    const Found& from = here ? *now_ : *next_;
-    if (!here && next_->keys.count == 0) return;
-    const int64_t p = panel + kPanelsAhead - (here ? 0 : panels);
-    prefetch_rows(from.keys, p, a_.dim * kv_bytes(a_.key.type));
-    prefetch_rows(from.values, p, a_.value_dim * kv_bytes(a_.value.type));
+    const int64_t p = panel + kPanelsAhead;
+    const Found& from = p < panels ? *now_ : *next_;
+    const ChunkRows& rows = keys ? from.keys : from.values;
+    const int64_t first = (p < panels ? p : p - panels) * kPanel;
+    return {rows.row + first, rows.count - first,
+            keys ? a_.dim * kv_bytes(a_.key.type) : a_.value_dim * kv_bytes(a_.value.type)};
   }
 
   void chunk(int64_t seq, int64_t c, int64_t count, int64_t kv_head) {
@@ -195,10 +196,10 @@ class Attend {
     find(*now_, seq, kv_head, begin, end);
     const int64_t panels = (end - begin + kPanel - 1) / kPanel;
     for (int64_t p = 0; p < panels; ++p) {
-      prefetch(p, panels);
-      pack_keys(a_.key.type, now_->keys, p, a_.dim, stage_, keys_ + p * kPanel * width_);
+      pack_keys(a_.key.type, now_->keys, p, a_.dim, stage_, keys_ + p * kPanel * width_,
+                ahead(p, panels, true));
       pack_values(a_.value.type, now_->values, p * kPanel, a_.value_dim, stage_, values_,
-                  kKeyChunk * kPanel);
+                  kKeyChunk * kPanel, ahead(p, panels, false));
     }
     for (int64_t r = 0; r < count; r += kBlock)
       block(begin, r, count - r < kBlock ? count - r : kBlock);

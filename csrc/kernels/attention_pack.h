@@ -23,12 +23,22 @@ LMFUSE_INLINE int64_t kv_bytes(KvType type) {
   return type == KvType::f32 ? 4 : type == KvType::bf16 || type == KvType::f16 ? 2 : 1;
 }
 
-// Panel p of these rows, on its way from memory.
-LMFUSE_INLINE void prefetch_rows(const ChunkRows& rows, int64_t panel, int64_t bytes) {
-  const int64_t first = panel * kPanel, last = first + kPanel;
-  for (int64_t r = first; r < last && r < rows.count; ++r)
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows.row[r] + at, 0, 2);
-}
+// What will be packed some panels later, fetched row by row while others are packed: a burst would
+// hold all line buffers at once.
+struct RowsAhead {
+  const char* const* row;
+  int64_t count, bytes;
+
+  // The line at byte `at` of rows [first, first + n) of the panel.
+  LMFUSE_INLINE void lines(int64_t first, int64_t n, int64_t at) const {
+    if (at < bytes)
+      for (int64_t r = first; r < first + n && r < count; ++r)
+        __builtin_prefetch(row[r] + at, 0, 2);
+  }
+  LMFUSE_INLINE void rows(int64_t first, int64_t n) const {
+    for (int64_t at = 0; at < bytes; at += 64) lines(first, n, at);
+  }
+};
 
 inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const KvSource& from,
                       int64_t first, int64_t scale_first, int64_t head, int64_t begin, int64_t end,
@@ -108,14 +118,16 @@ LMFUSE_INLINE int64_t key_width(int64_t dim) {
 // Panel p of the keys: to[width / per word][32] words. stage: 32 rows of width elements.
 template <class Input>
 void pack_keys(KvType type, const ChunkRows& rows, int64_t panel, int64_t dim, Input* stage,
-               Input* to) {
+               Input* to, RowsAhead ahead) {
   const int64_t width = key_width<Input>(dim), words = width * sizeof(Input) / 4;
   const int64_t first = panel * kPanel, left = rows.count - first;
   const int64_t count = left < kPanel ? left : kPanel;
   const bool direct = as_it_lies<Input>(type, dim, width) && count == kPanel;
   if (!direct) {
-    for (int64_t r = 0; r < count; ++r)
+    for (int64_t r = 0; r < count; ++r) {
+      ahead.rows(r, 1);
       widen_row(type, rows.row[first + r], dim, width, stage + r * width);
+    }
     for (int64_t i = count * width; i < kPanel * width; ++i) stage[i] = Input{};
   }
   float* words_to = reinterpret_cast<float*>(to);
@@ -126,6 +138,7 @@ void pack_keys(KvType type, const ChunkRows& rows, int64_t panel, int64_t dim, I
           direct ? rows.row[first + r0 + r]
                  : reinterpret_cast<const char*>(stage + (r0 + r) * width));
     for (int64_t w = 0; w < words; w += kLanes) {
+      if (direct && w * 4 % 64 == 0) ahead.lines(r0, kLanes, w * 4);
       Vec v[kLanes];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kLanes; ++r) v[r] = load(from[r] + w);
@@ -142,9 +155,10 @@ LMFUSE_INLINE int64_t value_keys(int64_t count) { return round_up(count, kDotSte
 // The values of positions [first, first + kDotStep), into panels of panel_stride elements.
 // stage: two rows of round_up(dim, kPanel).
 inline void pack_values(KvType type, const ChunkRows& rows, int64_t first, int64_t dim,
-                        float* stage, float* to, int64_t panel_stride) {
+                        float* stage, float* to, int64_t panel_stride, RowsAhead ahead) {
   const int64_t width = round_up(dim, kPanel);
   for (int64_t k = first; k < first + kDotStep; ++k) {
+    ahead.rows(k - first, 1);
     const float* row = stage;
     if (k >= rows.count) {
       for (int64_t i = 0; i < width; ++i) stage[i] = 0.0f;
@@ -160,9 +174,10 @@ inline void pack_values(KvType type, const ChunkRows& rows, int64_t first, int64
 }
 
 inline void pack_values(KvType type, const ChunkRows& rows, int64_t first, int64_t dim,
-                        bf16_t* stage, bf16_t* to, int64_t panel_stride) {
+                        bf16_t* stage, bf16_t* to, int64_t panel_stride, RowsAhead ahead) {
   const int64_t width = round_up(dim, kPanel);
   for (int64_t k = first; k < first + kDotStep; k += 2) {
+    ahead.rows(k - first, 2);
     const bf16_t* pair[2];
     for (int64_t j = 0; j < 2; ++j) {
       bf16_t* mine = stage + j * width;

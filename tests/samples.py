@@ -39,6 +39,25 @@ def _angles() -> tuple[Tensor, Tensor]:
     return angles.sin(), angles.cos()
 
 
+# What all attention ops end with: scale, causal, windows, softcap.
+_ATTENTION = (0.25, True, 3, -1, 2.0)
+
+
+def _tokens(count: int, heads: int) -> Tensor:
+    return torch.randn(count, heads, 16)
+
+
+def _pages() -> Tensor:
+    return torch.randn(6, 2, 8, 16)
+
+
+def _columns() -> Tensor:
+    """The beam indices of a cache of 7 rows: 2 tokens of one prompt, and 2 beams."""
+    index = torch.zeros(9, 2, dtype=torch.long)
+    index[2:7, 1], index[7, 0], index[8, 0] = 1, 2, 1
+    return index
+
+
 # Name of the op: lists of arguments, made anew at each call as some are written.
 SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "rms_norm": lambda: [(_x(), _w(), 1e-6, 0.0), (_strided(), None, 1e-6, 1.0)],
@@ -58,6 +77,80 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "add_layer_norm_": lambda: [
         (_x(), _x(), _w(), _w(), 1e-5),
         (_strided(), _strided(), _w(), None, 1e-5),
+    ],
+    "attention": lambda: [
+        (_heads(4), _heads(2), _heads(2), None, None, None, None, None, *_ATTENTION, 1.0, 1.0),
+        (
+            _heads(4),
+            _heads(1),
+            _heads(1),
+            torch.rand(2, 1, 1, 3),
+            torch.rand(4),
+            torch.rand(4),
+            None,
+            None,
+            *_ATTENTION,
+            1.0,
+            1.0,
+        ),
+    ],
+    "attention_varlen": lambda: [
+        (
+            _tokens(5, 4),
+            _tokens(9, 2),
+            _tokens(9, 2),
+            _tokens(5, 4),
+            torch.tensor([0, 2, 5]),
+            torch.tensor([0, 5, 9]),
+            None,
+            None,
+            *_ATTENTION,
+        )
+    ],
+    "attention_paged": lambda: [
+        (
+            _tokens(2, 4),
+            _pages(),
+            _pages(),
+            _tokens(2, 4),
+            None,
+            torch.tensor([9, 16]),
+            False,
+            torch.tensor([[0, 1], [5, 3]]),
+            None,
+            None,
+            None,
+            None,
+            *_ATTENTION,
+            1.0,
+            1.0,
+        )
+    ],
+    "attention_indirect": lambda: [
+        (
+            torch.randn(2, 1, 4, 16),
+            torch.randn(7, 2, 2, 16),
+            torch.randn(7, 2, 2, 16),
+            _columns(),
+            5,
+            None,
+            None,
+            0.25,
+            True,
+        )
+    ],
+    "cache_write": lambda: [
+        (
+            _tokens(3, 2),
+            _tokens(3, 2),
+            _pages(),
+            _pages(),
+            torch.tensor([3, -1, 47]),
+            None,
+            None,
+            1.0,
+            1.0,
+        )
     ],
     "linear_pack": lambda: [(_x()[0],), (_strided()[1],)],
     "linear_unpack": lambda: [(_packed(), 45, 36, torch.float32)],
@@ -93,6 +186,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add_layer_norm add_back": lambda x, w: _with_residual(F.add_layer_norm, x, w),
     "silu_mul": lambda x, w: F.silu_mul(x, x * w),
     "gelu_mul": lambda x, w: F.gelu_mul(x, x * w),
+    "attention": lambda x, w: F.attention(*(t.unsqueeze(1) for t in (x, x * w, x)), causal=True),
     "gelu_mul tanh": lambda x, w: F.gelu_mul(x, x * w, approximate="tanh"),
 }
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import lmfuse
 from lmfuse import functional
 from lmfuse.functional import (
     flash_attn_varlen_func,
@@ -22,20 +21,6 @@ from lmfuse.reference.attention import attention as reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16)
-
-
-@pytest.fixture(params=lmfuse.available_isas())
-def isa(request):
-    with lmfuse.use_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def _seed_and_threads():
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
-    yield
-    torch._dynamo.reset()
 
 
 def qkv(batch, q_len, kv_len, heads, kv_heads, dim, value_dim=None, dtype=F32):
@@ -57,7 +42,7 @@ def exact(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
 
 
 def assert_close(y: Tensor, expected: Tensor, value: Tensor) -> None:
-    """fp32 arithmetic on averages of `value`, one rounding to the dtype of y; and, for bfloat16, the
+    """fp32 arithmetic on averages of `value`, one rounding to the dtype of y; for bfloat16, the
     rounding of the weights to 2^-9 each, whose errors mostly cancel."""
     assert y.shape == expected.shape
     largest = value.double().abs().max() if value.numel() else 1.0
@@ -537,7 +522,7 @@ def placeholder(columns: int, dtype=F32):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_indirect_lifecycle(isa, shared, dtype):
-    """Appendix A.1: a prompt, then steps with the parents written between them, against K[parents]."""
+    """A prompt, then steps with the parents written between them, against K[parents]."""
     batch, beams, heads, kv_heads, dim, prompt = 2, 3, 4, 2, 32, 5
     columns = batch * beams
     rows = batch if shared else columns
@@ -594,7 +579,7 @@ def test_indirect_cache_sizes():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_indirect_several_tokens_masks_and_growth(isa, dtype):
-    """What IPEX gets wrong: several new tokens under a real mask, masks of any kind, fp16, no mask."""
+    """Several new tokens under a real mask, masks of any kind, fp16, no mask."""
     batch, heads, dim = 3, 4, 32
     masks = {
         "none": lambda q, k: None,
@@ -666,24 +651,6 @@ def test_indirect_bad_input():
 
 
 # --- torch ---------------------------------------------------------------------------------------
-
-
-def test_opcheck():
-    check, ops = torch.library.opcheck, torch.ops.lmfuse
-    q, k, v = qkv(2, 3, 9, 4, 2, 16)
-    tail = (0.25, True, -1, -1, 0.0)
-    check(ops.attention.default, (q, k, v, *[None] * 5, *tail, 1.0, 1.0))
-    cu = torch.tensor([0, 3])
-    out = torch.empty_like(q[0])
-    check(ops.attention_varlen.default, (q[0], k[0], v[0], out, cu, cu * 3, None, None, *tail))
-    a = _decode_arguments()
-    check(
-        ops.attention_paged.default,
-        (a["query"], a["key_cache"], a["value_cache"], a["output"], None, a["context_lens"], False,
-         a["block_tables"], *[None] * 4, *tail, 1.0, 1.0),
-    )  # fmt: skip
-    _, _, past = indirect(q[:, :1], k[:, :1], v[:, :1], 4.0)
-    check(ops.attention_indirect.default, (q[:, :1], *past[1:], 1, None, None, 0.25, True))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager"])

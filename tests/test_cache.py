@@ -6,21 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import lmfuse
 from lmfuse.functional import reshape_and_cache
 
 FP8 = (torch.float8_e5m2, torch.float8_e4m3fn)
-
-
-@pytest.fixture(params=lmfuse.available_isas())
-def isa(request):
-    with lmfuse.use_isa(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def expected(x: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
@@ -55,7 +43,7 @@ def test_rows_lie_in_their_slots(isa, dtype, block):
     assert torch.equal(key_cache, want[0])
     assert torch.equal(value_cache, want[1])
     slots[5] = -7
-    lmfuse.functional.reshape_and_cache(key, value, key_cache, value_cache, slots.int())
+    reshape_and_cache(key, value, key_cache, value_cache, slots.int())
     assert torch.equal(key_cache, want[0])
 
 
@@ -142,13 +130,10 @@ def test_bad_input_is_named_before_anything_is_written(change, error, text):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_opcheck_and_compile():
+def test_compile():
     a = _valid()
-    args = (*a.values(), None, None, 1.0, 1.0)
-    torch.library.opcheck(torch.ops.lmfuse.cache_write.default, args)
     compiled = torch.compile(reshape_and_cache, fullgraph=True, backend="aot_eager")
     want = [c.clone() for c in (a["key_cache"], a["value_cache"])]
     reshape_and_cache(a["key"], a["value"], *want, a["slot_mapping"])
     compiled(**a)
     assert torch.equal(a["key_cache"], want[0])
-    torch._dynamo.reset()

@@ -126,8 +126,8 @@ def token_scales(name: str, x: Tensor | None, of: str, kv: Tensor) -> Tensor | N
         raise TypeError(f"{name} is {x.dtype}, but must be float32")
     if x.shape != kv.shape[:-1]:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}, but must have {tuple(kv.shape[:-1])}, one for each "
-            f"token and head of {of}"
+            f"{name} has shape {tuple(x.shape)}, but must have {tuple(kv.shape[:-1])}, one for "
+            f"each token and head of {of}"
         )
     return x
 

@@ -3,8 +3,8 @@
     s[i, j] = scale · q[i] · k[j],   capped: c tanh(s / c),   then biased by ALiBi and the mask
     out[i]  = Σ_j e^s[i, j] v[j] / (Σ_j e^s[i, j] + e^sink)
 
-Query i of q_len is at position kv_len - q_len + i: causal masks and windows are aligned at the lower
-right. A query that sees no key gives zeros. No buffer of queries times keys exists.
+Query i of q_len is at position kv_len - q_len + i: causal masks and windows are aligned at the
+lower right. A query that sees no key gives zeros. No buffer of queries times keys exists.
 
 Sums are fp32 throughout. Products are fp32 as well, except where the queries are bfloat16 and the
 keys and values exact in it (bfloat16, fp8, int8): instruction sets with bfloat16 products then use
@@ -191,7 +191,7 @@ def varlen_attention(
         window_size_left,
         window_size_right,
         _attention.softcap(softcap),
-        written=(out,),
+        written=(3,),
     )
     return out
 

@@ -68,8 +68,8 @@ def indirect_access_kv_cache_attention(
         present is the cache for the next call, in the same memory as layer_past until it grows.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be, or a beam index out of range; see the text
-            of the error.
+        TypeError, ValueError: an argument that cannot be, or a beam index out of range; see the
+            text of the error.
     """
     if head_mask is not None:
         raise ValueError("head_mask must be None")

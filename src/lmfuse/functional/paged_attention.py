@@ -45,7 +45,8 @@ def single_query_cached_kv_attention(
             `functional.attention`.
         head_mapping: not needed: query head h reads KV head h // (heads // kv_heads).
         scale: of the scores.
-        block_tables: [sequences, most blocks], int32 or int64; entries beyond a length are not read.
+        block_tables: [sequences, most blocks], int32 or int64; what lies beyond a length is not
+            read.
         context_lens: [sequences], int32 or int64, the new token included. 0 gives zeros.
         block_size: that of the caches.
         max_context_len: not needed, but for window_size, which it must exceed to count.
@@ -60,8 +61,8 @@ def single_query_cached_kv_attention(
         output itself.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be, or a block or length beyond the cache; see
-            the text of the error.
+        TypeError, ValueError: an argument that cannot be, or a block or length beyond the cache;
+            see the text of the error.
     """
     if block_size != key_cache.shape[2]:
         raise ValueError(
@@ -121,8 +122,8 @@ def flash_attn_varlen_func(
         query: [tokens, heads, dim], float32, bfloat16 or float16; sequence b is tokens
             cu_seqlens_q[b] to cu_seqlens_q[b + 1].
         key_cache, value_cache: [blocks, kv_heads, block_size, dim].
-        cu_seqlens_q, cu_seqlens_kv: cumulative lengths [sequences + 1], int32 or int64; those of the
-            keys include the new tokens.
+        cu_seqlens_q, cu_seqlens_kv: cumulative lengths [sequences + 1], int32 or int64; those of
+            the keys include the new tokens.
         max_seqlen_q: not needed.
         max_seqlen_kv: windows of so many positions or more count as none.
         scale: of the scores.
@@ -141,8 +142,8 @@ def flash_attn_varlen_func(
         output itself.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be, or a block or length beyond the cache; see
-            the text of the error.
+        TypeError, ValueError: an argument that cannot be, or a block or length beyond the cache;
+            see the text of the error.
     """
     check_cache_dtype("key_cache", kv_cache_dtype, key_cache)
     left = window_size_left if 0 < window_size_left < max_seqlen_kv else -1
@@ -221,7 +222,7 @@ def _paged(
         _attention.softcap(softcap),
         _attention.number("k_scale", kv_scales[0]),
         _attention.number("v_scale", kv_scales[1]),
-        written=(out,),
+        written=(3,),
     )
 
 

@@ -186,7 +186,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add_layer_norm add_back": lambda x, w: _with_residual(F.add_layer_norm, x, w),
     "silu_mul": lambda x, w: F.silu_mul(x, x * w),
     "gelu_mul": lambda x, w: F.gelu_mul(x, x * w),
-    "attention": lambda x, w: F.attention(*(t.unsqueeze(1) for t in (x, x * w, x)), causal=True),
+    "attention": lambda x, w: _attend(x, w),
     "gelu_mul tanh": lambda x, w: F.gelu_mul(x, x * w, approximate="tanh"),
 }
 
@@ -195,3 +195,8 @@ def _with_residual(function: Callable[..., Tensor], x: Tensor, w: Tensor) -> Ten
     residual = x + 1
     y = function(residual, x, w, None, add_back=True)
     return y + 2 * residual
+
+
+def _attend(x: Tensor, w: Tensor) -> Tensor:
+    query, key, value = (t.reshape(1, -1, 1, t.shape[-1]) for t in (x, x * w, x))
+    return F.attention(query, key, value, causal=True).reshape(x.shape)

@@ -131,7 +131,8 @@ class Attend {
 
  private:
   // Rows that share one pass over the packed chunk: some tiles, so that it is worth reading.
-  static constexpr int64_t kBlock = Tile::kRows >= 24 ? Tile::kRows : 24 / Tile::kRows * Tile::kRows;
+  static constexpr int64_t kBlock =
+      Tile::kRows >= 24 ? Tile::kRows : 24 / Tile::kRows * Tile::kRows;
   static constexpr int64_t kWeightsRow = kKeyChunk + 32;  // apart in the first-level cache
 
   void load_query(const RowInfo& row, Input* to) {

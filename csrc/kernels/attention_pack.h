@@ -44,10 +44,9 @@ inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const 
                       int64_t first, int64_t scale_first, int64_t head, int64_t begin, int64_t end,
                       ChunkRows& rows) {
   const int64_t size = kv_bytes(from.type), step = from.stride.token * size;
-  const char* base =
-      static_cast<const char*>(from.data) + (first + head * from.stride.head) * size;
-  const float* scale = from.scale ? from.scale + scale_first + head * from.scale_stride.head
-                                  : nullptr;
+  const char* base = static_cast<const char*>(from.data) + (first + head * from.stride.head) * size;
+  const float* scale =
+      from.scale ? from.scale + scale_first + head * from.scale_stride.head : nullptr;
   rows.count = end - begin;
   int64_t i = 0, block = begin / a.block, in_block = begin - block * a.block;
   for (int64_t p = begin; p < end; ++block, in_block = 0) {
@@ -191,8 +190,7 @@ inline void pack_values(KvType type, const ChunkRows& rows, int64_t first, int64
       }
     }
     for (int64_t d = 0; d < width; d += 2 * kLanes)
-      zip(pair[0] + d, pair[1] + d,
-          to + d / kPanel * panel_stride + k * kPanel + 2 * (d % kPanel));
+      zip(pair[0] + d, pair[1] + d, to + d / kPanel * panel_stride + k * kPanel + 2 * (d % kPanel));
   }
 }
 

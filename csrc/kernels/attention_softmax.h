@@ -1,4 +1,5 @@
-// One row of scores over one chunk of keys: scale, softcap, bias and masks, then 2^(s log2 e - max).
+// One row of scores over one chunk of keys: scale, softcap, bias and masks, then 2^(s log2 e -
+// max).
 #pragma once
 
 #include "attention_pack.h"
@@ -67,8 +68,8 @@ inline bool mask_row(const AttentionArgs& a, const RowInfo& row, int64_t head, i
   using Type = AttentionMask::Type;
   const AttentionMask& m = a.mask;
   if (m.type == Type::none) return false;
-  const int64_t first = row.seq * m.stride_seq + head * m.stride_head +
-                        row.query * m.stride_query + begin * m.step;
+  const int64_t first =
+      row.seq * m.stride_seq + head * m.stride_head + row.query * m.stride_query + begin * m.step;
   const auto floats = [&](auto* from) {
     if (m.step) {
       map(to, count, [&](int64_t i, auto l) { return load(from + i, l); });
@@ -116,8 +117,7 @@ inline void bias_scores(const AttentionArgs& a, const RowInfo& row, int64_t head
   for (int64_t i = 0; i < scores.count; i += kLanes) {
     Vec s = load(scores[i]) * broadcast(a.scale);
     if (a.key.scale) s = s * load(keys.scale + i);
-    if (a.softcap != 0.0f)
-      s = broadcast(a.softcap) * tanh(s * broadcast(1.0f / a.softcap));
+    if (a.softcap != 0.0f) s = broadcast(a.softcap) * tanh(s * broadcast(1.0f / a.softcap));
     if (a.alibi) s = s - broadcast(slope) * abs(load(distance + i));
     if (masked) s = s + load(mask + i);
     store(scores[i], s);

@@ -50,8 +50,7 @@ void write_row(const CacheArgs::Side& s, KvType type, const From* from, char* to
       return each(s.inverse_scale,
                   [&](int64_t i, float x) { bytes[i] = to_fp8<2, 15>(x, 57344.0f); });
     case KvType::e4m3:
-      return each(s.inverse_scale,
-                  [&](int64_t i, float x) { bytes[i] = to_fp8<3, 7>(x, 448.0f); });
+      return each(s.inverse_scale, [&](int64_t i, float x) { bytes[i] = to_fp8<3, 7>(x, 448.0f); });
     case KvType::i8: {
       float largest = 0.0f;
       each(1.0f, [&](int64_t, float x) {
@@ -73,8 +72,8 @@ void write_side(const CacheArgs& a, const CacheArgs::Side& s, int64_t token) {
   const int64_t slot = a.slots[token], block = slot / a.block, in_block = slot % a.block;
   const int64_t size = kv_bytes(a.to_type);
   char* to = static_cast<char*>(s.to) + (block * s.stride.block + in_block * s.stride.token) * size;
-  float* scale = s.scale ? s.scale + block * s.scale_stride.block + in_block * s.scale_stride.token
-                         : nullptr;
+  float* scale =
+      s.scale ? s.scale + block * s.scale_stride.block + in_block * s.scale_stride.token : nullptr;
   with_type(a.from_type, [&](auto t) {
     const auto* from = static_cast<const decltype(t)*>(s.from) + token * s.from_stride_t;
     for (int64_t h = 0; h < a.heads; ++h)

@@ -151,9 +151,9 @@ struct GemmArgs {
 constexpr int64_t kRowBlock = 512;  // rows that share one pass over the weight
 constexpr int64_t kPanelGroup = 8;  // panels whose accumulators wait together
 
-// Attention: out = softmax(scale q k^T + bias) v, the softmax over chunks of keys that begin at fixed
-// positions and are joined in their order. So the bits of a row depend on its query, its keys and
-// its masks, and on nothing that is computed beside it.
+// Attention: out = softmax(scale q k^T + bias) v, the softmax over chunks of keys that begin at
+// fixed positions and are joined in their order. So the bits of a row depend on its query, its keys
+// and its masks, and on nothing that is computed beside it.
 constexpr int64_t kKeyChunk = 256;
 
 // How keys and values are stored: a DType, an fp8 type, or int8 with a scale for each token and
@@ -177,7 +177,7 @@ struct KvSource {
 
 // One sequence of a batch. Query i is at position kv_len - q_len + i.
 struct AttentionSequence {
-  int64_t query, out;                    // its first rows, in elements
+  int64_t query, out;                          // its first rows, in elements
   int64_t key, value, key_scale, value_scale;  // offsets into the sources
   int64_t q_len, kv_len;
   const int32_t* table;
@@ -211,9 +211,9 @@ struct AttentionArgs {
   int64_t block;
   bool absolute;
   int64_t heads, kv_heads, dim, value_dim;
-  float scale, value_scale, softcap;   // softcap 0: none
-  int64_t window_left, window_right;   // how far a query sees
-  const float *alibi, *sinks;          // null: none; alibi_stride: from sequence to sequence
+  float scale, value_scale, softcap;  // softcap 0: none
+  int64_t window_left, window_right;  // how far a query sees
+  const float *alibi, *sinks;         // null: none; alibi_stride: from sequence to sequence
   int64_t alibi_stride;
   AttentionMask mask;
   const AttentionSequence* sequences;
@@ -268,21 +268,21 @@ struct PeakArgs {
 };
 
 //                          name   arguments   begin and end count
-#define LMFUSE_KERNELS(K)                                              \
-  K(norm, NormArgs)              /* rows */                            \
-  K(gated, GatedArgs)            /* rows */                            \
-  K(rope, RopeArgs)              /* tokens, that is b * seq_len + s */ \
-  K(pack, PackArgs)              /* panels */                          \
-  K(unpack, PackArgs)            /* panels */                          \
-  K(unpack_rows, UnpackRowsArgs) /* rows */                            \
-  K(gemm_rows, GemmRowsArgs)     /* rows */                            \
-  K(gemm, GemmArgs)              /* panels of row blocks */            \
-  K(attention, AttentionArgs)    /* units * kv_heads + head */         \
-  K(attention_join, AttentionArgs) /* sequences * kv_heads + head */   \
-  K(cache_write, CacheArgs)      /* tokens */                          \
-  K(limit_read, ReadArgs)        /* pages */                           \
-  K(limit_copy, CopyArgs)        /* pages */                           \
-  K(limit_peak, PeakArgs)        /* threads */
+#define LMFUSE_KERNELS(K)                                                \
+  K(norm, NormArgs)                /* rows */                            \
+  K(gated, GatedArgs)              /* rows */                            \
+  K(rope, RopeArgs)                /* tokens, that is b * seq_len + s */ \
+  K(pack, PackArgs)                /* panels */                          \
+  K(unpack, PackArgs)              /* panels */                          \
+  K(unpack_rows, UnpackRowsArgs)   /* rows */                            \
+  K(gemm_rows, GemmRowsArgs)       /* rows */                            \
+  K(gemm, GemmArgs)                /* panels of row blocks */            \
+  K(attention, AttentionArgs)      /* units * kv_heads + head */         \
+  K(attention_join, AttentionArgs) /* sequences * kv_heads + head */     \
+  K(cache_write, CacheArgs)        /* tokens */                          \
+  K(limit_read, ReadArgs)          /* pages */                           \
+  K(limit_copy, CopyArgs)          /* pages */                           \
+  K(limit_peak, PeakArgs)          /* threads */
 
 struct Kernels {
   GemmFormat (*gemm_format)(DType weight, int64_t m, int64_t k);

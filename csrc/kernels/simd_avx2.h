@@ -179,8 +179,8 @@ LMFUSE_INLINE Vec widen(__m128i bytes, e5m2_t) {
 LMFUSE_INLINE Vec widen(__m128i bytes, e4m3_t) {
   const __m128i x = _mm_cvtepi8_epi16(bytes), most = _mm_set1_epi16(0x7f);
   const __m128i rest = _mm_and_si128(x, most);
-  const __m128i magnitude = _mm_blendv_epi8(_mm_slli_epi16(rest, 7), _mm_set1_epi16(0x7e00),
-                                            _mm_cmpeq_epi16(rest, most));
+  const __m128i magnitude =
+      _mm_blendv_epi8(_mm_slli_epi16(rest, 7), _mm_set1_epi16(0x7e00), _mm_cmpeq_epi16(rest, most));
   const __m128i sign = _mm_and_si128(x, _mm_set1_epi16(-0x8000));
   return {_mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, magnitude)), _mm256_set1_ps(256.0f))};
 }

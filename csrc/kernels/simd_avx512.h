@@ -188,15 +188,14 @@ LMFUSE_INLINE Vec widen(__m128i bytes, e4m3_t) {
   const __m256i magnitude =
       _mm256_mask_mov_epi16(_mm256_slli_epi16(rest, 7), nan, _mm256_set1_epi16(0x7e00));
   const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16(-0x8000));
-  return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, magnitude)),
-                        _mm512_set1_ps(256.0f))};
+  return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, magnitude)), _mm512_set1_ps(256.0f))};
 }
-#define LMFUSE_LOAD_BYTES(T)                                                \
-  LMFUSE_INLINE Vec load(const T* p) {                                      \
+#define LMFUSE_LOAD_BYTES(T)                                                 \
+  LMFUSE_INLINE Vec load(const T* p) {                                       \
     return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{}); \
-  }                                                                         \
-  LMFUSE_INLINE Vec load(const T* p, Lanes l) {                             \
-    return widen(_mm_maskz_loadu_epi8(l.mask, p), T{});                     \
+  }                                                                          \
+  LMFUSE_INLINE Vec load(const T* p, Lanes l) {                              \
+    return widen(_mm_maskz_loadu_epi8(l.mask, p), T{});                      \
   }
 LMFUSE_LOAD_BYTES(i8_t)
 LMFUSE_LOAD_BYTES(e5m2_t)

@@ -24,9 +24,9 @@ struct Options {
 
 const float* float_vector(std::optional<Tensor>& t, int64_t n, const char* name) {
   if (!t) return nullptr;
-  LMFUSE_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float && t->is_contiguous() &&
-                   t->numel() == n,
-               name, " must be a contiguous CPU tensor of ", n, " float32");
+  LMFUSE_CHECK(
+      t->is_cpu() && t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == n,
+      name, " must be a contiguous CPU tensor of ", n, " float32");
   return static_cast<const float*>(t->const_data_ptr());
 }
 
@@ -58,8 +58,8 @@ void set_mask(AttentionArgs& a, std::optional<Tensor>& t, int64_t batch, int64_t
 
 // alibi is [heads] or [batch, heads].
 void set_options(AttentionArgs& a, Options& o, int64_t batch) {
-  LMFUSE_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "query has ", a.heads,
-               " heads, which ", a.kv_heads, " KV heads do not divide");
+  LMFUSE_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "query has ", a.heads, " heads, which ",
+               a.kv_heads, " KV heads do not divide");
   LMFUSE_CHECK(a.dim > 0 && a.value_dim > 0, "heads must not be empty");
   // The scale of the keys is part of the scores, which softcap and masks then see.
   a.scale = static_cast<float>(o.scale * o.key_scale);
@@ -77,8 +77,7 @@ void set_options(AttentionArgs& a, Options& o, int64_t batch) {
 
 // Rows of heads in dimension s of a query or a result; heads are in dimension h.
 void check_heads(const Tensor& t, int64_t dim, const char* name) {
-  LMFUSE_CHECK(t.is_cpu() && t.dim() == dim, name, " must be a CPU tensor of ", dim,
-               " dimensions");
+  LMFUSE_CHECK(t.is_cpu() && t.dim() == dim, name, " must be a CPU tensor of ", dim, " dimensions");
   LMFUSE_CHECK(t.size(dim - 1) <= 1 || t.stride(dim - 1) == 1, name,
                " must be contiguous in its last dimension");
 }
@@ -122,8 +121,8 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
   a.key = kv_source(key, key_scales, {-1, 1, 2}, "key");
   a.value = kv_source(value, value_scales, {-1, 1, 2}, "value");
   a.block = kFar;
-  Options o{mask, alibi, sinks, scale, causal, window_left, window_right, softcap, key_scale,
-            value_scale};
+  Options o{mask,        alibi,        sinks,   scale,     causal,
+            window_left, window_right, softcap, key_scale, value_scale};
   set_options(a, o, batch);
   set_mask(a, o.mask, batch, q_len, kv_len);
   AttentionPlan plan;
@@ -167,9 +166,9 @@ void attention_varlen(Tensor query, Tensor key, Tensor value, Tensor out, Tensor
                       bool causal, int64_t window_left, int64_t window_right, double softcap) {
   check_heads(key, 3, "key");
   check_heads(value, 3, "value");
-  LMFUSE_CHECK(key.size(2) == query.size(2) && value.size(0) == key.size(0) &&
-                   value.size(1) == key.size(1),
-               "query, key and value do not belong together");
+  LMFUSE_CHECK(
+      key.size(2) == query.size(2) && value.size(0) == key.size(0) && value.size(1) == key.size(1),
+      "query, key and value do not belong together");
   AttentionArgs a{};
   set_query(a, query, out, 3);
   LMFUSE_CHECK(value.size(2) == a.value_dim, "out must have the head dimension of value");
@@ -248,17 +247,18 @@ void attention_paged(Tensor query, Tensor key_cache, Tensor value_cache, Tensor 
     kv_lens = integers(lens, "context_lens");
   }
   const int64_t batch = static_cast<int64_t>(kv_lens.size());
-  LMFUSE_CHECK_VALUE(tables.size(0) == batch, "block_tables has ", tables.size(0),
-                     " rows for ", batch, " sequences");
+  LMFUSE_CHECK_VALUE(tables.size(0) == batch, "block_tables has ", tables.size(0), " rows for ",
+                     batch, " sequences");
   std::vector<int64_t> first(batch + 1);
   for (int64_t b = 0; b <= batch; ++b) first[b] = b;
   if (cu_q) first = Lengths(*cu_q, query.size(0), "cu_seqlens_q").first;
-  LMFUSE_CHECK_VALUE(static_cast<int64_t>(first.size()) == batch + 1 && first[batch] <= query.size(0),
-                     "there are queries for ", static_cast<int64_t>(first.size()) - 1,
-                     " sequences, and lengths for ", batch);
+  LMFUSE_CHECK_VALUE(
+      static_cast<int64_t>(first.size()) == batch + 1 && first[batch] <= query.size(0),
+      "there are queries for ", static_cast<int64_t>(first.size()) - 1,
+      " sequences, and lengths for ", batch);
   const std::vector<int32_t> own = blocks_of(tables, kv_lens, a.block, key_cache.size(0));
-  Options o{{}, alibi, sinks, scale, causal, window_left, window_right, softcap, key_scale,
-            value_scale};
+  Options o{{},          alibi,        sinks,   scale,     causal,
+            window_left, window_right, softcap, key_scale, value_scale};
   set_options(a, o, batch);
   AttentionPlan plan;
   for (int64_t b = 0; b < batch; ++b) {

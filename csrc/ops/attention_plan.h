@@ -77,8 +77,7 @@ inline void by_rows(AttentionPlan& p, int64_t b, int64_t rows) {
   const int64_t blocks = (rows + kAttentionRows - 1) / kAttentionRows;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t row = (i % 2 ? blocks - 1 - i / 2 : i / 2) * kAttentionRows;
-    p.units.push_back(
-        {b, 1, row, std::min(kAttentionRows, rows - row), s.first_chunk, s.chunks});
+    p.units.push_back({b, 1, row, std::min(kAttentionRows, rows - row), s.first_chunk, s.chunks});
   }
 }
 
@@ -104,8 +103,7 @@ inline void make_units(const AttentionArgs& a, AttentionPlan& p) {
     if (p.sequences[b].partial < 0) {
       by_rows(p, b, rows);
     } else {
-      while (end < count && p.sequences[end].partial >= 0 &&
-             p.sequences[end].q_len * group == rows)
+      while (end < count && p.sequences[end].partial >= 0 && p.sequences[end].q_len * group == rows)
         ++end;
       by_chunks(a, p, b, end, rows);
     }

@@ -15,15 +15,10 @@ void cache_write(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
                      (from.size(2) <= 1 || (from.stride(2) == 1 && to.stride(3) == 1)),
                  name, " and its cache do not belong together");
     const KvSource to_source = kv_source(to, scales, {0, 2, 1}, name);
-    return CacheArgs::Side{from.const_data_ptr(),
-                           from.stride(0),
-                           from.stride(1),
-                           to.mutable_data_ptr(),
-                           to_source.stride,
-                           const_cast<float*>(to_source.scale),
-                           to_source.scale_stride,
-                           from.size(2),
-                           static_cast<float>(1.0 / scale)};
+    return CacheArgs::Side{
+        from.const_data_ptr(),  from.stride(0),   from.stride(1),
+        to.mutable_data_ptr(),  to_source.stride, const_cast<float*>(to_source.scale),
+        to_source.scale_stride, from.size(2),     static_cast<float>(1.0 / scale)};
   };
   CacheArgs a{};
   a.key = side(key, key_cache, key_scales, key_scale, "key");
@@ -32,9 +27,9 @@ void cache_write(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
   a.to_type = kv_type(key_cache, "key_cache");
   a.block = key_cache.size(2);
   a.heads = key.size(1);
-  LMFUSE_CHECK(dtype(value, "value") == a.from_type &&
-                   kv_type(value_cache, "value_cache") == a.to_type,
-               "key and value, and their caches, must have one dtype");
+  LMFUSE_CHECK(
+      dtype(value, "value") == a.from_type && kv_type(value_cache, "value_cache") == a.to_type,
+      "key and value, and their caches, must have one dtype");
   LMFUSE_CHECK(static_cast<int8_t>(a.to_type) > 2 ||
                    static_cast<int8_t>(a.to_type) == static_cast<int8_t>(a.from_type),
                "the cache must have the dtype of key, or be fp8 or int8");

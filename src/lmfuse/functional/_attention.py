@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32, int8
 
@@ -56,7 +54,7 @@ def equal(name: str, is_: int, must: int, what: str, of: str) -> None:
 def number(name: str, x: float) -> float:
     """`x`, if it is finite."""
     value = float(x)
-    if isinstance(x, (int, float)) and not math.isfinite(value):
+    if isinstance(x, (int, float)) and value - value != 0.0:  # math.isfinite, but traceable
         raise ValueError(f"{name} is {x}, but must be finite")
     return value
 

@@ -93,7 +93,8 @@ def reshape_and_cache(
     for name, x, cache in (("key", key, key_cache), ("value", value, value_cache)):
         _attention.equal(name, x.shape[1], cache.shape[1], "number of heads", f"{name}_cache")
         _attention.equal(name, x.shape[2], cache.shape[3], "head dimension", f"{name}_cache")
-        _check.writable(f"{name}_cache", cache)
+        if not torch.compiler.is_compiling():  # symbolic strides cannot be sorted
+            _check.writable(f"{name}_cache", cache)
     _attention.equal("value", value.shape[0], key.shape[0], "length", "key")
     slots = _attention.indices("slot_mapping", slot_mapping, 1)
     _attention.equal("slot_mapping", slots.shape[0], key.shape[0], "length", "key")

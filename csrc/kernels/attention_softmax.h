@@ -18,7 +18,7 @@ LMFUSE_INLINE Vec tanh(Vec x) {
   p = fma(p, z, broadcast(-5.37397155531e-2f));
   p = fma(p, z, broadcast(1.33314422036e-1f));
   p = fma(p, z, broadcast(-3.33332819422e-1f));
-  const Vec large = one - broadcast(2.0f) / (exp(a + a) + one);
+  const Vec large = one - broadcast(2.0f) / (exp(min(broadcast(88.0f), a + a)) + one);
   const Vec signed_large = select(x < broadcast(0.0f), broadcast(0.0f) - large, large);
   return select(a < broadcast(0.625f), fma(p * z, x, x), signed_large);
 }

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 _spec = find_spec("lmfuse._lmfuse")
 if _spec is None or _spec.origin is None:
@@ -67,10 +68,18 @@ def call(op: Op, *args: Any, written: tuple[int, ...] = (), check: Op | None = N
     """
     if not torch.is_grad_enabled():  # 40 ns; the rest costs only those who did not say no_grad
         try:
-            return op(*args)
+            result = op(*args)
         except Exception as error:
             raise _translated(error, op, args, check) from None
+        for place in written:  # what is written below the dispatcher does not count by itself
+            _count_write(args[place])
+        return result
     return _call_in_grad_mode(op, args, written, check)
+
+
+def _count_write(x: Tensor) -> None:
+    if not torch.compiler.is_compiling() and not x.is_inference():
+        increment_version(x)
 
 
 def _translated(error: Exception, op: Any, args: tuple[Any, ...], check: Op | None) -> Exception:

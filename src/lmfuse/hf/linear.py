@@ -10,6 +10,7 @@ from torch import nn
 from lmfuse import _auto_kernel_selection as kernels
 from lmfuse.hf import swap
 from lmfuse.modules.pack import pack_model
+from lmfuse.modules.siblings import join_siblings
 
 # What `ipex.optimize` offers and a language model on a CPU has no use for.
 _WITHOUT_EFFECT = {
@@ -33,8 +34,12 @@ def check_arguments(level: str, optimizer: object, options: Mapping[str, object]
         warnings.warn(f"lmfuse.optimize ignores: {'; '.join(idle)}", stacklevel=3)
 
 
-def pack(model: nn.Module, done: swap.Report, auto_kernel_selection: bool | None) -> None:
+def pack(
+    model: nn.Module, done: swap.Report, auto_kernel_selection: bool | None, concat: bool | None
+) -> None:
     """Packs the linear layers of `model`, and writes into `done` which, and which not."""
     packing = pack_model(model, kernels.rounds_fp32(), kernels.selection(auto_kernel_selection))
     done.packed.update(packing.packed)
     done.stock.update(packing.stock)
+    if concat is not False:
+        join_siblings(model)

@@ -64,8 +64,8 @@ def optimize(
             makes shorter in the geometric mean as they are: there is one copy of a weight, in one
             layout, so one kernel for any number of rows. None for False, or what
             `_auto_kernel_selection._enable_dnnl` said; without effect after its `_enable_tpp`.
-        concat_linear: accepted: gate and up projections are always read in one walk, each from its
-            own packed weight, so that nothing is concatenated.
+        concat_linear: compute query, key and value in one walk over their packed weights, which
+            stay where they are; None for True. Gate and up are always read so.
         replace_dropout_with_identity, sample_input: accepted: dropout does nothing in eval mode,
             and the packed layout depends on no input.
         conv_bn_folding, linear_bn_folding, optimize_lstm, split_master_weight_for_bf16,
@@ -98,7 +98,7 @@ def optimize(
         if dtype is not None:
             _cast(model, dtype)  # late: all before it can be undone
         if weights_prepack or (weights_prepack is None and level == "O1"):
-            linear.pack(model, done, auto_kernel_selection)
+            linear.pack(model, done, auto_kernel_selection, concat_linear)
     except BaseException:
         for module, kind in before.items():
             module.__class__ = kind

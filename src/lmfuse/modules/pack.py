@@ -12,6 +12,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lmfuse.functional import PackedWeight
 from lmfuse.modules.linear import Packed, pack_parameter, packable, packed_class
+from lmfuse.modules.siblings import part_siblings
 
 Owners = list[tuple[str, nn.Module, str]]  # name, module, and the attribute with the weight
 
@@ -80,6 +81,7 @@ def _unpack(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if not isinstance(module, Packed):
             continue
+        part_siblings(module)
         weight = module.weight
         module.__class__ = type(module).packed_stock  # type: ignore[assignment]
         if isinstance(weight, PackedWeight):

@@ -1,0 +1,404 @@
+"""KV caches for transformers: appended to in place, shared by beams, read where they lie.
+
+A layer keeps keys [kv_heads, slots, dim] and values likewise; `Slots` says which slots are a row of
+the batch. `update` returns tensors for a single row, which are views, and otherwise `Cached`
+tensors, which lmfuse's attention reads through the slots and which any other operation gathers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from lmfuse import functional
+from lmfuse.generation.slots import Slots
+
+_DTYPES = (None, torch.int8)
+
+
+class Cached(Tensor):
+    """Keys or values [batch, kv_heads, visible, dim] that still lie in a cache.
+
+    Every operation of torch on it gathers them first, so code that knows nothing of lmfuse gets what
+    it expects.
+    """
+
+    layer: Layer
+    part: str
+    version: int
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def of(layer: Layer, part: str) -> Cached:
+        """The `part`, "keys" or "values", that the last update of `layer` made visible."""
+        arena = getattr(layer, part[:-1] + "_arena")
+        shape = (layer.slots.batch, arena.shape[0], layer.slots.visible, arena.shape[2])
+        new: Cached = torch.Tensor._make_wrapper_subclass(Cached, shape, dtype=layer.dtype)
+        new.layer, new.part, new.version = layer, part, layer.slots.version
+        return new
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map(_gathered, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def gathered(self) -> Tensor:
+        """A plain tensor with these keys or values.
+
+        Raises:
+            RuntimeError: the cache has changed since `update` returned them.
+        """
+        if self.version != self.layer.slots.version:
+            raise RuntimeError(
+                f"the {self.part} that a cache's update returned were read after the cache changed"
+            )
+        return self.layer.gather(self.part, self.layer.slots.visible)
+
+
+def _gathered(x: Any) -> Any:
+    return x.gathered() if isinstance(x, Cached) else x
+
+
+class Layer(CacheLayerMixin):  # type: ignore[misc]
+    """The keys and values of one layer, in arenas that double when they are full.
+
+    Args:
+        slots: those of the layers that see the same positions; its own if None. Reordering,
+            repeating or selecting rows of one of these layers does so for all.
+        dtype: torch.int8 keeps int8 with a float32 scale for each token and head, max |x| / 127;
+            None keeps the dtype of the keys.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, slots: Slots | None = None, dtype: torch.dtype | None = None) -> None:
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype is {dtype}, but must be torch.int8 or None")
+        self.slots = Slots() if slots is None else slots
+        self.stored = dtype
+        self.is_initialized = False
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes heads, dimensions and dtype from the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        with torch.inference_mode(False):  # written later, perhaps outside of inference mode
+            self.key_arena = _arena(key_states, self.stored)
+            self.value_arena = _arena(value_states, self.stored)
+            scales = torch.empty((key_states.shape[1], 0)) if self.stored else None
+            self.key_scales, self.value_scales = scales, scales
+        self.slots.users.append(self)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends [batch, kv_heads, tokens, dim] and returns all that the tokens may see.
+
+        Returns:
+            Keys and values [batch, kv_heads, visible, dim], valid until the cache changes.
+
+        Raises:
+            TypeError, ValueError: other sizes or dtypes than before.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch, _, count, _ = key_states.shape
+        if self.seen == self.slots.total:
+            self.slots.append(batch, count)
+        if self.slots.total != self.seen + count or batch != self.slots.batch:
+            raise ValueError(
+                f"this layer has seen {self.seen} tokens and is given {count} for a batch of "
+                f"{batch}, but others of its cache have seen {self.slots.total} of "
+                f"{self.slots.batch}: a forward was cut short; reset the cache"
+            )
+        self.seen = self.slots.total
+        self._fit(self.slots.capacity)
+        functional.reshape_and_cache(
+            _tokens(key_states),
+            _tokens(value_states.to(key_states.dtype)),
+            _paged(self.key_arena),
+            _paged(self.value_arena),
+            self.slots.new,
+            key_scales=_paged(self.key_scales),
+            value_scales=_paged(self.value_scales),
+        )
+        run = None if self.stored else self.slots.run(self.slots.visible)
+        if run is None:
+            return Cached.of(self, "keys"), Cached.of(self, "values")
+        first, end = run
+        return self.key_arena[None, :, first:end], self.value_arena[None, :, first:end]
+
+    def attend(
+        self,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        window: int | None,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> Tensor | None:
+        """Causal attention of the last tokens over what `update` made visible, where it lies.
+
+        Args:
+            query: [batch, tokens, heads, dim].
+            mask: [batch, visible] bool (True: seen), or None.
+            scale, softcap, sinks: as in `functional.attention`.
+            window: how many positions a query sees, its own included; None for all.
+
+        Returns:
+            [batch, tokens, heads, dim], or None if the mask hides positions between others.
+        """
+        batch, count, heads, _ = query.shape
+        found = self.slots.padded(mask, count) if window != 1 else None
+        if found is None:
+            return None
+        tables, cu_q, cu_kv = found
+        out = query.new_empty((batch * count, heads, self.value_arena.shape[2]))
+        functional.flash_attn_varlen_func(
+            out,
+            query.flatten(0, 1),
+            _paged(self.key_arena),
+            _paged(self.value_arena),
+            cu_q,
+            cu_kv,
+            count,
+            self.slots.visible,
+            scale,
+            True,
+            tables,
+            None,
+            window_size_left=-1 if window is None else window - 1,
+            softcap=softcap,
+            sinks=sinks,
+            key_scales=_paged(self.key_scales),
+            value_scales=_paged(self.value_scales),
+        )
+        return out.view(batch, count, heads, -1)
+
+    def gather(self, part: str, last: int) -> Tensor:
+        """A copy of the last "keys" or "values", [batch, kv_heads, last, dim]."""
+        name, rows = part[:-1], self.slots.rows(last)
+        found: Tensor = getattr(self, name + "_arena")[:, rows]
+        scales = getattr(self, name + "_scales")
+        if scales is not None:
+            found = (found.float() * scales[:, rows].unsqueeze(-1)).to(self.dtype)
+        return found.transpose(0, 1)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """A copy of the keys held, [batch, kv_heads, tokens, dim]; None before the first."""
+        return self.gather("keys", self.slots.kept) if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """A copy of the values held, as keys."""
+        return self.gather("values", self.slots.kept) if self.is_initialized else None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; 0 before the first token."""
+        return self.slots.batch
+
+    def get_seq_length(self) -> int:
+        """How many tokens the layer has seen."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many positions the next tokens see, themselves included, and which is the first."""
+        held = self.seen
+        if self.slots.window is not None:
+            held = min(held, self.slots.window - 1)
+        return held + query_length, self.seen - held
+
+    def reset(self) -> None:
+        """Forgets all tokens; the memory stays."""
+        self.seen = 0
+        self.slots.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last tokens back; `tokens_to_remove` is negative, as in transformers.
+
+        Raises:
+            ValueError: a positive number.
+            RuntimeError: tokens would be seen again that left the sliding window.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}, but must be negative: minus the number of "
+                "tokens to remove"
+            )
+        total = max(0, self.seen + tokens_to_remove)
+        self.slots.crop(total)
+        self.seen = total
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues what was row beam_idx[i]; no key or value moves."""
+        if self.slots.total:
+            self.slots.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows that share what is held; no key or value moves."""
+        if self.slots.total:
+            self.slots.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row i is what was row indices[i]; no key or value moves."""
+        if self.slots.total:
+            self.slots.select(indices)
+
+    def offload(self) -> None:
+        """Nothing: the cache is on the CPU."""
+
+    def prefetch(self) -> None:
+        """Nothing: the cache is on the CPU."""
+
+    def move(self, slots: Tensor) -> None:
+        """See `Arenas`."""
+        for arena in (self.key_arena, self.value_arena, self.key_scales, self.value_scales):
+            if arena is not None and arena.shape[1]:
+                arena[:, : slots.numel()] = arena[:, slots]
+
+    def _fit(self, slots: int) -> None:
+        if self.key_arena.shape[1] >= slots:
+            return
+        for name in ("key_arena", "value_arena", "key_scales", "value_scales"):
+            old = getattr(self, name)
+            if old is not None:
+                with torch.inference_mode(False):
+                    new = old.new_empty((old.shape[0], slots, *old.shape[2:]))
+                new[:, : old.shape[1]] = old
+                setattr(self, name, new)
+
+
+class SlidingLayer(Layer):
+    """As `Layer`, but only what a sliding window shows is held.
+
+    Args:
+        slots: those of the layers with the same window.
+        dtype: as in `Layer`.
+    """
+
+    is_sliding = True
+
+    @property
+    def sliding_window(self) -> int | None:
+        """How many positions a token sees, its own included."""
+        return self.slots.window
+
+    @property
+    def record_past(self) -> bool:
+        """Whether positions out of the window are kept until the next crop."""
+        return self.slots.recording
+
+    def activate_past_recording(self) -> None:
+        """Keeps positions out of the window until the next crop, so that it can bring them back."""
+        self.slots.recording = True
+
+    def get_max_length(self) -> int:
+        """The window."""
+        return self.slots.window or -1
+
+
+class Cache(DynamicCache):  # type: ignore[misc]
+    """Drop-in for transformers' DynamicCache: `model.generate(..., past_key_values=Cache(config))`.
+
+    Appending copies only the new tokens. Reordering beams, repeating the prompt for them, selecting
+    rows and cropping touch lists of slots, once for all layers, and neither keys nor values. Layers
+    that transformers gives another kind of state (linear attention, indexed) keep transformers' own.
+
+    Args:
+        config: of the model; says which layers have sliding windows. None: none has.
+        dtype: torch.int8 halves the memory of bfloat16, with one scale for each token and head;
+            None keeps the dtype of the keys.
+
+    Raises:
+        TypeError: another dtype.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype is {dtype}, but must be torch.int8 or None")
+        super().__init__(config=config)
+        self.kv_dtype = dtype
+        self._slots: dict[int | None, Slots] = {}
+        self.layers = [self._ours(layer) for layer in self.layers]
+        if self.layer_class_to_replicate is not None:
+            self.layer_class_to_replicate = self._full_layer
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i of the batch continues what was row beam_idx[i]."""
+        for layer in self._once():
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row of the batch becomes `repeats` rows."""
+        for layer in self._once():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row i of the batch is what was row indices[i]."""
+        for layer in self._once():
+            layer.batch_select_indices(indices)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        new: Cache = type(self).__new__(type(self))
+        memo[id(self)] = new
+        # A method of this cache would stay one: deepcopy takes functions as they are.
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        if new.layer_class_to_replicate is not None:
+            new.layer_class_to_replicate = new._full_layer
+        return new
+
+    def _ours(self, layer: Any) -> Any:
+        if type(layer) is DynamicLayer:
+            return self._full_layer()
+        if type(layer) is DynamicSlidingWindowLayer:
+            return SlidingLayer(self._shared(layer.sliding_window), self.kv_dtype)
+        return layer
+
+    def _full_layer(self) -> Layer:
+        return Layer(self._shared(None), self.kv_dtype)
+
+    def _shared(self, window: int | None) -> Slots:
+        return self._slots.setdefault(window, Slots(window))
+
+    def _once(self) -> Iterator[Any]:
+        """One layer of those that share their slots, and every other layer."""
+        done: set[int] = set()
+        for layer in self.layers:
+            slots = getattr(layer, "slots", layer)
+            if id(slots) not in done:
+                done.add(id(slots))
+                yield layer
+
+
+def _arena(like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return torch.empty((like.shape[1], 0, like.shape[3]), dtype=dtype or like.dtype)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[batch, heads, tokens, dim] -> [batch * tokens, heads, dim]"""
+    return x.detach().transpose(1, 2).flatten(0, 1)
+
+
+def _paged(arena: Tensor | None) -> Any:
+    """An arena as a paged cache [slots, heads, 1, dim], or its scales as [slots, heads, 1]."""
+    return None if arena is None else arena.transpose(0, 1).unsqueeze(2)

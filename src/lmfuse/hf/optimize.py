@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import warnings
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -38,14 +40,17 @@ def optimize(
     graph_mode: bool | None = None,
     concat_linear: bool | None = None,
 ) -> Model:
-    """The same model, with its linear layers packed and its norms, gated MLPs and RoPE fused.
+    """The same model, with its linear layers packed and its norms, gated MLPs, RoPE, attention and KV
+    cache fused.
 
     The arguments are those of `ipex.optimize`, in its order.
 
     Modules are found by their shape, and accepted only if the fused form gives what the module's
     own forward gives on random inputs; all others stay stock, and `lmfuse.hf.report` tells why. A
     replaced module takes a subclass of its class: parameter names, state_dict, save_pretrained and
-    config are unchanged, and other models of the process are not touched. Optimizing an optimized
+    config are unchanged, and other models of the process are not touched. transformers models get
+    the attention implementation "lmfuse", if their attention asks for one, and `generate` uses
+    `lmfuse.generation.Cache` unless it is given a cache or told to prepare one. Optimizing an optimized
     model changes nothing. In float32 results agree up to rounding; in bfloat16 and float16 the
     fused forms round once where stock modules round two or three times.
 
@@ -95,6 +100,8 @@ def optimize(
     before = {module: type(module) for module in model.modules()}
     try:
         done = _swap_all(model)
+        if (joints := _joints()) is not None:
+            joints.join(model, done)
         if dtype is not None:
             _cast(model, dtype)  # late: all before it can be undone
         if weights_prepack or (weights_prepack is None and level == "O1"):
@@ -102,6 +109,8 @@ def optimize(
     except BaseException:
         for module, kind in before.items():
             module.__class__ = kind
+        if (joints := _joints()) is not None:
+            joints.leave(model)
         raise
     setattr(model, _REPORT, done)
     if not done.replaced and not done.packed:
@@ -126,15 +135,26 @@ def restore(model: Model) -> Model:
     """
     _check_module(model)
     unpack_model(model)
+    if (joints := _joints()) is not None:
+        joints.leave(model)
     swap.give_back(model)
     vars(model).pop(_REPORT, None)
     return model
 
 
 def report(model: nn.Module) -> swap.Report:
-    """What `optimize` replaced in `model`, and why other norms, MLPs and RoPEs stayed stock."""
+    """What `optimize` replaced in `model`, and why other such modules stayed stock."""
     found = vars(model).get(_REPORT)
     return found if found is not None else swap.Report()
+
+
+def _joints() -> ModuleType | None:
+    """What joins transformers models; without transformers there is none of them."""
+    if "transformers" not in sys.modules:
+        return None
+    from lmfuse.hf import generation
+
+    return generation
 
 
 def _swap_all(model: nn.Module) -> swap.Report:

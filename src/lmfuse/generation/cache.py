@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,15 +26,15 @@ _DTYPES = (None, torch.int8)
 class Cached(Tensor):
     """Keys or values [batch, kv_heads, visible, dim] that still lie in a cache.
 
-    Every operation of torch on it gathers them first, so code that knows nothing of lmfuse gets what
-    it expects.
+    Every operation of torch on it gathers them first, so code that knows nothing of lmfuse gets
+    what it expects.
     """
 
     layer: Layer
     part: str
     version: int
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(layer: Layer, part: str) -> Cached:
@@ -46,7 +46,7 @@ class Cached(Tensor):
         return new
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         args, kwargs = tree_map(_gathered, (args, kwargs or {}))
@@ -69,7 +69,7 @@ def _gathered(x: Any) -> Any:
     return x.gathered() if isinstance(x, Cached) else x
 
 
-class Layer(CacheLayerMixin):  # type: ignore[misc]
+class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """The keys and values of one layer, in arenas that double when they are full.
 
     Args:
@@ -197,12 +197,12 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         return found.transpose(0, 1)
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """A copy of the keys held, [batch, kv_heads, tokens, dim]; None before the first."""
         return self.gather("keys", self.slots.kept) if self.is_initialized else None
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """A copy of the values held, as keys."""
         return self.gather("values", self.slots.kept) if self.is_initialized else None
 
@@ -240,8 +240,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}, but must be negative: minus the number of "
-                "tokens to remove"
+                f"tokens_to_remove is {tokens_to_remove}, but must be negative: minus the number "
+                "of tokens to remove"
             )
         total = max(0, self.seen + tokens_to_remove)
         self.slots.crop(total)
@@ -286,7 +286,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
                 setattr(self, name, new)
 
 
-class SlidingLayer(Layer):
+class SlidingLayer(Layer):  # type: ignore[no-untyped-call]
     """As `Layer`, but only what a sliding window shows is held.
 
     Args:
@@ -315,12 +315,12 @@ class SlidingLayer(Layer):
         return self.slots.window or -1
 
 
-class Cache(DynamicCache):  # type: ignore[misc]
+class Cache(DynamicCache):
     """Drop-in for transformers' DynamicCache: `model.generate(..., past_key_values=Cache(config))`.
 
     Appending copies only the new tokens. Reordering beams, repeating the prompt for them, selecting
     rows and cropping touch lists of slots, once for all layers, and neither keys nor values. Layers
-    that transformers gives another kind of state (linear attention, indexed) keep transformers' own.
+    that transformers gives another kind of state (linear attention, indexed) keep its own.
 
     Args:
         config: of the model; says which layers have sliding windows. None: none has.
@@ -341,7 +341,7 @@ class Cache(DynamicCache):  # type: ignore[misc]
         self._slots: dict[int | None, Slots] = {}
         self.layers = [self._ours(layer) for layer in self.layers]
         if self.layer_class_to_replicate is not None:
-            self.layer_class_to_replicate = self._full_layer
+            self.layer_class_to_replicate = cast(Any, self._full_layer)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i of the batch continues what was row beam_idx[i]."""
@@ -364,7 +364,7 @@ class Cache(DynamicCache):  # type: ignore[misc]
         # A method of this cache would stay one: deepcopy takes functions as they are.
         vars(new).update(copy.deepcopy(vars(self), memo))
         if new.layer_class_to_replicate is not None:
-            new.layer_class_to_replicate = new._full_layer
+            new.layer_class_to_replicate = cast(Any, new._full_layer)
         return new
 
     def _ours(self, layer: Any) -> Any:

@@ -1,8 +1,8 @@
 """Which slot of a cache holds each position of each row of the batch.
 
 Keys and values are appended to arenas and never move; a row of the batch is a list of slots. Beams
-that continue another, rows repeated or dropped, a prompt that several rows share and positions taken
-back change these lists alone, for all the layers of a cache at once.
+that continue another, rows repeated or dropped, a prompt that several rows share and positions
+taken back change these lists alone, for all the layers of a cache at once.
 """
 
 from __future__ import annotations
@@ -139,9 +139,7 @@ class Slots:
         """Each row becomes `repeats` rows, which share its positions."""
         self.select(torch.arange(self.batch).repeat_interleave(repeats))
 
-    def padded(
-        self, mask: Tensor | None, queries: int
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    def padded(self, mask: Tensor | None, queries: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Rows without what `mask` hides, for attention in which all queries see the same.
 
         Args:
@@ -158,9 +156,7 @@ class Slots:
             self._padded = known
         return known[3]
 
-    def _without(
-        self, mask: Tensor | None, queries: int
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _without(self, mask: Tensor | None, queries: int) -> tuple[Tensor, Tensor, Tensor] | None:
         rows = self.rows(self.visible)
         cu_q = torch.arange(self.batch + 1, dtype=torch.int32) * queries
         if mask is None:
@@ -190,7 +186,7 @@ class Slots:
             return
         if self.capacity:
             rows = self._table[:, self._begin : self._end]
-            held, names = rows.unique(return_inverse=True)
+            held, names = torch.unique(rows, return_inverse=True)
             if 2 * (held.numel() + count) <= self.capacity:
                 for user in self.users:
                     user.move(held)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ NAME, PAGED_NAME = "lmfuse", "lmfuse_flash"
 
 # What a 2-D mask says besides which keys are padding: how many positions a query sees.
 _WINDOW = "lmfuse_window"
+
+# The functions within transformers' functions that a causal mask with a window is made of.
+_AND: CodeType = masking_utils.and_masks().__code__
+_NEAR: CodeType = masking_utils.sliding_window_overlay(1).__code__
+# And that with which a mask for packed sequences begins.
+_PACKED: CodeType = masking_utils.packed_sequence_mask_function(torch.empty(0)).__code__
 
 
 def register() -> None:
@@ -52,33 +59,47 @@ def mask(
         scaled_dot_product_attention: [batch, 1, q_length, kv_length] bool, or None where there is
         nothing to hide.
     """
-    kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
-    kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset}
-    if mask_function is masking_utils.bidirectional_mask_function:
-        return sdpa_mask(batch_size, q_length, kv_length, **kwargs)  # type: ignore[no-any-return]
+    bidirectional = mask_function is masking_utils.bidirectional_mask_function
     window = _window(mask_function)
+    end = kv_offset + kv_length
     # Causal masks are aligned at the lower right, which these keys must be as well.
-    if window == 0 or int(q_offset) + q_length != kv_offset + kv_length:
-        kwargs |= {"allow_is_causal_skip": False}
-        return sdpa_mask(batch_size, q_length, kv_length, **kwargs)  # type: ignore[no-any-return]
+    q_offset = int(q_offset)
+    aligned = q_offset + q_length == end
+    if window == 0 or not aligned or (attention_mask is not None and attention_mask.shape[1] < end):
+        if not bidirectional:
+            kwargs["allow_is_causal_skip"] = False
+        whole: Tensor | None = sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            **kwargs,
+        )
+        return whole
     hides = window is not None and window < kv_length
     if attention_mask is not None:
-        attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-        if not hides and bool(attention_mask.all()):
+        attention_mask = attention_mask[:, kv_offset:end]
+        if not hides and not torch.compiler.is_compiling() and bool(attention_mask.all()):
             attention_mask = None
     elif hides:
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool)
-    if attention_mask is not None:
-        attention_mask = attention_mask.clone()  # not the caller's, which may be without a window
+    if window is not None and attention_mask is not None:
+        attention_mask = attention_mask.view_as(attention_mask)  # the caller's has no window
         setattr(attention_mask, _WINDOW, window)
     return attention_mask
 
 
-def paged_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """`mask`, but None for packed sequences, which `paged` tells by other means."""
-    if attention_mask is None and _window(kwargs.get("mask_function", causal_mask_function)) == 0:
+def paged_mask(
+    *, attention_mask: Tensor | None = None, q_offset: int | Tensor = 0, **kwargs: Any
+) -> Tensor | None:
+    """`mask`, but for continuous batching, whose tokens are packed and have no cache here, None."""
+    parts = _closed_over(kwargs.get("mask_function"), _AND)
+    if attention_mask is None and parts and _closed_over(parts[0], _PACKED) is not None:
         return None
-    return mask(*args, attention_mask=attention_mask, **kwargs)
+    return mask(attention_mask=attention_mask, q_offset=q_offset, **kwargs)
 
 
 def attention(
@@ -171,11 +192,11 @@ def paged(
         cache: transformers' paged cache, or None for an ordinary forward.
         kwargs: in continuous batching: cu_seq_lens_q, cu_seq_lens_k, read_index, write_index.
     """
-    options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
     if cache is None:
         if attention_mask is None and kwargs.get("cu_seq_lens_q") is None:
             kwargs |= _restarts(kwargs.get("position_ids"), query, key)
-        return attention(module, query, key, value, attention_mask, scaling=scaling, **options, **kwargs)
+        kwargs |= {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        return attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     found = _in_place(cache, layer, key, value, kwargs)
@@ -215,21 +236,23 @@ def paged(
 
 
 def _window(mask_function: Callable[..., Any]) -> int | None:
-    """The window of a causal mask with nothing else to it; None for all, 0 if it is no such mask."""
+    """The window of a causal mask without anything else; None for all, 0 if it is no such mask."""
     if mask_function is causal_mask_function:
         return None
-    parts = _closed_over(mask_function, masking_utils.sliding_window_causal_mask_function(1))
-    if parts is None or len(parts[0]) != 2 or parts[0][1] is not causal_mask_function:
+    if torch.compiler.is_compiling():
+        return 0  # dynamo cannot look into closures
+    parts = _closed_over(mask_function, _AND)
+    if parts is None or len(parts) != 2 or parts[1] is not causal_mask_function:
         return 0
-    size = _closed_over(parts[0][0], masking_utils.sliding_window_overlay(1))
-    return size[0] if size is not None and isinstance(size[0], int) else 0
+    size = _closed_over(parts[0], _NEAR)
+    return size if isinstance(size, int) else 0
 
 
-def _closed_over(function: Any, like: Any) -> list[Any] | None:
-    """What `function` closes over, if its code is that of `like`."""
-    if getattr(function, "__code__", None) is not like.__code__:
+def _closed_over(function: Any, code: CodeType) -> Any:
+    """What `function`, if its code is this, closes over."""
+    if getattr(function, "__code__", None) is not code:
         return None
-    return [cell.cell_contents for cell in function.__closure__]
+    return function.__closure__[0].cell_contents
 
 
 def _dense(
@@ -305,8 +328,8 @@ def _in_place(
     if not usable or read.numel() == 0 or int(cu_k[-1]) > read.numel():
         return None
     key_cache, value_cache = key_pages.transpose(1, 2), value_pages.transpose(1, 2)
-    new = (x[0].transpose(0, 1) for x in (key, value))
-    functional.reshape_and_cache(*new, key_cache, value_cache, write)
+    new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    functional.reshape_and_cache(new_keys, new_values, key_cache, value_cache, write)
     lengths = cu_k.diff()
     blocks = torch.arange(0, max(1, int(lengths.max())), page)
     first = (cu_k[:-1].unsqueeze(1) + blocks).clamp_(max=read.numel() - 1)
@@ -323,8 +346,8 @@ def _eager(
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     warnings.warn(
-        "output_attentions asks for attention weights, which lmfuse never stores: this forward uses "
-        "the model's own eager attention",
+        "output_attentions asks for attention weights, which lmfuse never stores: this forward "
+        "uses the model's own eager attention",
         stacklevel=2,
     )
     if seen is not None and seen.dtype is torch.bool:
@@ -340,7 +363,7 @@ def _eager(
 
 
 def _eagers(module: nn.Module) -> Iterator[Callable[..., Any]]:
-    """The function `eager_attention_forward` beside the class of `module` or one it derives from."""
+    """The `eager_attention_forward` beside the class of `module` or of one it derives from."""
     for kind in type(module).__mro__:
         found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
         if found is not None:

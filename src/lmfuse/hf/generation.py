@@ -26,6 +26,7 @@ class FusedGeneration(swap.Fused):
 
     config: Any
     generation_config: Any
+    _supports_default_dynamic_cache: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -51,8 +51,8 @@ def optimize(
     config are unchanged, and other models of the process are not touched. transformers models get
     the attention implementation "lmfuse", if their attention asks for one, and `generate` uses
     `lmfuse.generation.Cache` unless it is given a cache or told to prepare one. Optimizing an
-    optimized model changes nothing. In float32 results agree up to rounding; in bfloat16 and float16 the
-    fused forms round once where stock modules round two or three times.
+    optimized model changes nothing. In float32 results agree up to rounding; in bfloat16 and
+    float16 the fused forms round once where stock modules round two or three times.
 
     Args:
         model: any nn.Module in eval mode, with its parameters on the CPU.

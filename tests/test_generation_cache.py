@@ -123,13 +123,18 @@ def test_growing_past_the_first_allocation_keeps_every_token() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_sliding_window_reuses_its_memory(batch: int) -> None:
-    ours, stock = Cache(config()), DynamicCache(config=config())
-    capacities = set()
-    for step in range(900):
-        update(ours, stock, batch, 1, step)
-        capacities.add(ours.layers[1].slots.capacity)
+    ours, stock = both()
+    capacities = []
+    for step in range(120):
+        update(ours, stock, batch, 5, step)
+        capacities.append(ours.layers[1].slots.capacity)
     assert max(capacities) <= 1024
-    assert ours.layers[0].slots.capacity >= 900 * batch
+    assert ours.layers[0].slots.capacity >= 600 * batch
+    update(ours, stock, batch, 3000, 1000)  # a long prompt, which is soon out of the window
+    assert ours.layers[1].key_arena.shape[1] >= 3000 * batch
+    for step in range(400 // batch):
+        update(ours, stock, batch, 15, 2000 + step)
+    assert ours.layers[1].key_arena.shape[1] <= 1024
 
 
 def test_no_key_moves_when_rows_change() -> None:
@@ -259,7 +264,7 @@ def test_refusals() -> None:
     cache = Cache(config())
     for layer in range(LAYERS):
         cache.update(*states(2, 20, 0), layer)
-    with pytest.raises(ValueError, match="key_states has batch size 3.* holds a batch of 2"):
+    with pytest.raises(ValueError, match=r"key_states has batch size 3.* holds a batch of 2"):
         cache.update(*states(3, 1, 0), 0)
     with pytest.raises(ValueError, match="tokens_to_remove is 2, but must be negative"):
         cache.crop(2)
@@ -274,5 +279,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="a forward was cut short; reset the cache"):
         cache.update(*states(2, 5, 0), 2)
     cache.reset()
-    with pytest.raises(TypeError, match=r"key_cache is torch\.float32, but must be torch\.bfloat16"):
+    with pytest.raises(
+        TypeError, match=r"key_cache is torch\.float32, but must be torch\.bfloat16"
+    ):
         cache.update(*(x.bfloat16() for x in states(2, 1, 0)), 0)

@@ -110,9 +110,7 @@ def test_logits_are_those_of_eager_attention(family: str) -> None:
     static = transformers.StaticCache(stock.config, max_cache_len=32)
     fixed = transformers.StaticCache(stock.config, max_cache_len=32)
     for part in ids.split([5, 1, 3], dim=1):
-        close(
-            mine(part, past_key_values=static).logits, stock(part, past_key_values=fixed).logits
-        )
+        close(mine(part, past_key_values=static).logits, stock(part, past_key_values=fixed).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss"])
@@ -124,12 +122,15 @@ def test_packed_sequences_do_not_see_each_other(family: str) -> None:
     positions = torch.cat([torch.arange(8), torch.arange(3), torch.arange(7)]).unsqueeze(0)
     alone = torch.cat([stock(part).logits for part in ids.split([8, 3, 7], dim=1)], 1)
     packed = {"position_ids": positions, "use_cache": False}
-    close(mine(ids, **packed).logits, alone)
     edges = torch.tensor([0, 8, 11, 18], dtype=torch.int32)
-    mine.config._attn_implementation = attention.PAGED_NAME
-    close(mine(ids, **packed).logits, alone)
     lengths = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
-    close(mine(ids, **packed, **lengths).logits, alone)
+    for name in (attention.NAME, attention.PAGED_NAME):
+        mine.config._attn_implementation = name
+        close(mine(ids, **packed, **lengths).logits, alone)
+        if (family, name) == ("gpt_oss", attention.NAME):  # whose mask is not told the positions
+            close(mine(ids, **packed).logits, stock(ids, **packed).logits)
+        else:
+            close(mine(ids, **packed).logits, alone)
 
 
 @torch.no_grad()
@@ -157,7 +158,9 @@ def test_position_bias_and_attention_without_causality() -> None:
             out, _ = attention.attention(
                 module, query, key, value, mask, is_causal=causal, position_bias=bias
             )
-            hide = torch.ones(7, 7, dtype=torch.bool).triu(1) if causal else torch.zeros(7, 7).bool()
+            hide = (
+                torch.ones(7, 7, dtype=torch.bool).triu(1) if causal else torch.zeros(7, 7).bool()
+            )
             if mask is not None and mask.dim() == 4:
                 hide = ~mask.expand(2, 1, 7, 7)
             elif mask is not None:
@@ -348,9 +351,7 @@ def test_an_exception_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
     def broken(*_: object) -> None:
         raise OSError("no")
 
-    monkeypatch.setattr(hf.optimize.__globals__["swap"].Report, "__post_init__", None, raising=False)
     monkeypatch.setitem(hf.optimize.__globals__, "_cast", broken)
-    monkeypatch.delattr(hf.optimize.__globals__["swap"].Report, "__post_init__")
     with pytest.raises(OSError, match="no"):
         lmfuse.optimize(model, dtype=torch.bfloat16, inplace=True)
     assert model.config._attn_implementation == "eager"

@@ -70,7 +70,7 @@ def _gathered(x: Any) -> Any:
 
 
 class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """The keys and values of one layer, in arenas that double when they are full.
+    """The keys and values of one layer, in arenas that double when they are full of what is held.
 
     Args:
         slots: those of the layers that see the same positions; its own if None. Reordering,
@@ -275,14 +275,15 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 arena[:, : slots.numel()] = arena[:, slots]
 
     def _fit(self, slots: int) -> None:
-        if self.key_arena.shape[1] >= slots:
+        if self.key_arena.shape[1] == slots:
             return
         for name in ("key_arena", "value_arena", "key_scales", "value_scales"):
             old = getattr(self, name)
             if old is not None:
                 with torch.inference_mode(False):
                     new = old.new_empty((old.shape[0], slots, *old.shape[2:]))
-                new[:, : old.shape[1]] = old
+                kept = min(slots, old.shape[1])
+                new[:, :kept] = old[:, :kept]
                 setattr(self, name, new)
 
 

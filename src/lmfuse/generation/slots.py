@@ -36,7 +36,7 @@ class Slots:
     def __init__(self, window: int | None = None) -> None:
         self.window = window
         self.users: list[Arenas] = []
-        self.capacity = 0  # slots that an arena must have
+        self.capacity = 0  # slots that an arena has when it is next written
         self.version = 0  # changes whenever what a row consists of does
         self.recording = False  # positions out of the window are kept until the next crop
         self._padded: tuple[int, int, Tensor | None, tuple[Tensor, Tensor, Tensor] | None] | None
@@ -192,6 +192,9 @@ class Slots:
                     user.move(held)
                 self._table[:, self._begin : self._end] = names
                 self._used = held.numel()
+                enough = 2 * (self._used + count) + _SPARE
+                if self.capacity > 4 * enough:  # a long prompt has left the window
+                    self.capacity = enough
                 return
         self.capacity = max(2 * self.capacity, self._used + count + _SPARE)
 

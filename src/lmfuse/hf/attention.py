@@ -85,7 +85,7 @@ def mask(
         if not hides and not torch.compiler.is_compiling() and bool(attention_mask.all()):
             attention_mask = None
     elif hides:
-        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool)
+        attention_mask = torch.ones((), dtype=torch.bool).expand(batch_size, kv_length)
     if window is not None and attention_mask is not None:
         attention_mask = attention_mask.view_as(attention_mask)  # the caller's has no window
         setattr(attention_mask, _WINDOW, window)
@@ -143,6 +143,7 @@ def attention(
     if attention_mask is not None and not whole:
         causal = True
         sliding_window = getattr(attention_mask, _WINDOW, sliding_window)
+        attention_mask = attention_mask if _hides(attention_mask) else None
     window = sliding_window if causal and not whole else None
     if kwargs.get("output_attentions"):
         options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
@@ -193,7 +194,7 @@ def paged(
         kwargs: in continuous batching: cu_seq_lens_q, cu_seq_lens_k, read_index, write_index.
     """
     if cache is None:
-        if attention_mask is None and kwargs.get("cu_seq_lens_q") is None:
+        if not _hides(attention_mask) and kwargs.get("cu_seq_lens_q") is None:
             kwargs |= _restarts(kwargs.get("position_ids"), query, key)
         kwargs |= {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         return attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -233,6 +234,11 @@ def paged(
         "sinks": s_aux,
     }
     return _packed(q, k, v, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], packed), None
+
+
+def _hides(seen: Tensor | None) -> bool:
+    """Whether a mask is more than the one True for all that `mask` names a window with."""
+    return seen is not None and seen.stride() != (0, 0)
 
 
 def _window(mask_function: Callable[..., Any]) -> int | None:

@@ -40,8 +40,7 @@ def optimize(
     graph_mode: bool | None = None,
     concat_linear: bool | None = None,
 ) -> Model:
-    """The same model, with its linear layers packed and its norms, gated MLPs, RoPE, attention and KV
-    cache fused.
+    """The same model, its linear layers packed and its norms, gated MLPs, RoPE and attention fused.
 
     The arguments are those of `ipex.optimize`, in its order.
 

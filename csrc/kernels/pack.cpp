@@ -26,6 +26,38 @@ LMFUSE_INLINE char* channel(const PackArgs& a, const Layout& l, int64_t n) {
 // the scattered side of the transposition stays in the first-level cache.
 constexpr int64_t kLine = 64;
 
+// One line of each channel (16 words of 4 bytes) to 16 packed rows, and back, by squares of
+// vectors.
+LMFUSE_INLINE void pack_lines(const char* const (&from)[kPanel], int64_t at, uint32_t* to) {
+  constexpr int64_t kWords = kLine / sizeof(float);
+  for (int64_t c = 0; c < kPanel; c += kLanes)
+    for (int64_t w = 0; w < kWords; w += kLanes) {
+      Vec v[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i)
+        v[i] = load(reinterpret_cast<const float*>(from[c + i] + at) + w);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i)
+        store(reinterpret_cast<float*>(to + (w + i) * kPanel + c), v[i]);
+    }
+}
+
+LMFUSE_INLINE void unpack_lines(const uint32_t* from, char* const (&to)[kPanel], int64_t at) {
+  constexpr int64_t kWords = kLine / sizeof(float);
+  for (int64_t c = 0; c < kPanel; c += kLanes)
+    for (int64_t w = 0; w < kWords; w += kLanes) {
+      Vec v[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i)
+        v[i] = load(reinterpret_cast<const float*>(from + (w + i) * kPanel + c));
+      transpose(v);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i)
+        store(reinterpret_cast<float*>(to[c + i] + at) + w, v[i]);
+    }
+}
+
 template <class Word>
 void pack_panel(const PackArgs& a, const Layout& l, int64_t panel) {
   constexpr int64_t kWords = kLine / sizeof(Word);
@@ -38,6 +70,11 @@ void pack_panel(const PackArgs& a, const Layout& l, int64_t panel) {
     const int64_t words = l.k_words - w0 < kWords ? l.k_words - w0 : kWords;
     const int64_t at = w0 * static_cast<int64_t>(sizeof(Word));
     const int64_t size = l.k_bytes - at < kLine ? l.k_bytes - at : kLine;
+    if constexpr (sizeof(Word) == sizeof(float))
+      if (channels == kPanel && size == kLine) {
+        pack_lines(from, at, to + w0 * kPanel);
+        continue;
+      }
     for (int64_t c = 0; c < channels; ++c) {
       if (size == kLine) {
         __builtin_memcpy(block[c], from[c] + at, kLine);
@@ -56,15 +93,21 @@ void unpack_panel(const PackArgs& a, const Layout& l, int64_t panel) {
   constexpr int64_t kWords = kLine / sizeof(Word);
   const Word* from = static_cast<const Word*>(a.packed) + panel * kPanel * l.k_words;
   const int64_t channels = a.n - panel * kPanel < kPanel ? a.n - panel * kPanel : kPanel;
+  char* to[kPanel];
+  for (int64_t c = 0; c < channels; ++c) to[c] = channel(a, l, panel * kPanel + c);
   Word block[kPanel][kWords];
   for (int64_t w0 = 0; w0 < l.k_words; w0 += kWords) {
     const int64_t words = l.k_words - w0 < kWords ? l.k_words - w0 : kWords;
     const int64_t at = w0 * static_cast<int64_t>(sizeof(Word));
     const int64_t size = l.k_bytes - at < kLine ? l.k_bytes - at : kLine;
+    if constexpr (sizeof(Word) == sizeof(float))
+      if (channels == kPanel && size == kLine) {
+        unpack_lines(from + w0 * kPanel, to, at);
+        continue;
+      }
     for (int64_t w = 0; w < words; ++w)
       for (int64_t c = 0; c < kPanel; ++c) block[c][w] = from[(w0 + w) * kPanel + c];
-    for (int64_t c = 0; c < channels && size > 0; ++c)
-      __builtin_memcpy(channel(a, l, panel * kPanel + c) + at, block[c], size);
+    for (int64_t c = 0; c < channels && size > 0; ++c) __builtin_memcpy(to[c] + at, block[c], size);
   }
 }
 

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import lmfuse
-from lmfuse.bench import cases, limits, machine
+from lmfuse.bench import cases, limits, machine, runner
 from lmfuse.bench.case import Case
 from lmfuse.cli import COMMANDS, app
 from lmfuse.cli import bench as command
@@ -27,7 +27,7 @@ def run(*words: str) -> Result:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cases of each stem on a few rows, and a malloc that stays as it was."""
     monkeypatch.setattr(limits, "_PROBE_BYTES", 1 << 20)
-    monkeypatch.setattr(command, "recycle_memory", lambda: None)
+    monkeypatch.setattr(runner, "recycle_memory", lambda on: None)
     monkeypatch.setattr(command, "cases", lambda stem: [c.small() for c in cases(stem)[:2]])
 
 

@@ -144,6 +144,7 @@ def test_copies_have_families_of_their_own(pair: tuple[Attention, Attention]) ->
     _, together = pair
     x = torch.randn(3, 40).to(together.q_proj.weight.dtype)
     for other in (copy.deepcopy(together), pickle.loads(pickle.dumps(together))):
+        assert type(other.v_proj) is SiblingLinear
         assert other.q_proj.family.members == [other.q_proj, other.k_proj, other.v_proj]
         assert all(map(torch.equal, other(x), together(x)))
 

@@ -82,6 +82,9 @@ class SiblingLinear(Linear):
     family: _Family
     place: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (), self.__dict__
+
     def forward(self, input: Tensor) -> Tensor:
         """input: [..., in_features]; see `lmfuse.functional.linear`."""
         if not torch.compiler.is_compiling():  # a graph fuses calls better than a memory does
@@ -89,6 +92,10 @@ class SiblingLinear(Linear):
             if found is not None:
                 return found
         return super().forward(input)
+
+
+def _new() -> SiblingLinear:
+    return SiblingLinear.__new__(SiblingLinear)
 
 
 def join_siblings(model: nn.Module) -> int:

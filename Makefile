@@ -19,7 +19,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check install $(if $(MAKE_TER
         --constraint constraints.txt $(PIP_ARGS)
 
 BUILD := torch numpy scikit-build-core cmake ninja
-DEMO  := transformers gguf rich typer
+DEMO  := transformers gguf accelerate rich typer
 TEST  := pytest hypothesis
 LINT  := ruff mypy clang-format import-linter
 CSRC  := $(wildcard csrc/*/*.cpp csrc/*/*.h)

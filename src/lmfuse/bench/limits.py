@@ -100,12 +100,14 @@ def paired(run: Run, moved: int, probe: Probe, slices: int = 9) -> tuple[Timing,
         probe: of bytes, or of operations.
     """
     run()
+    probe.run()
     calls = max(1, int(_SLICE / _seconds(run, 1)))
+    probes = max(1, int(_SLICE / 10 / _seconds(probe.run, 1)))
     seconds, fractions = [], []
-    before = _seconds(probe.run, 1)
+    before = _seconds(probe.run, probes)
     for _ in range(slices):
         seconds.append(_seconds(run, calls))
-        after = _seconds(probe.run, 1)
+        after = _seconds(probe.run, probes)
         fractions.append(moved / seconds[-1] * (before + after) / 2 / probe.bytes)
         before = after
     return Timing(median(seconds), min(seconds)), median(fractions)
@@ -119,7 +121,8 @@ def read_probe() -> Probe:
 
 def copy_probe() -> Probe:
     """The better of two copy loops, with ordinary stores and around the caches."""
-    x, y = limits.buffer(_PROBE_BYTES // 4), limits.buffer(_PROBE_BYTES // 4)
+    # Pages of 4 KB, as what the ops are given and return; only weights lie in large ones.
+    x, y = torch.ones(_PROBE_BYTES // 4), torch.ones(_PROBE_BYTES // 4)
 
     def copy(stream: bool) -> Run:
         return lambda: limits.copy(x, y, stream)

@@ -100,7 +100,7 @@ def _table(limits: Limits, results: list[Result]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     flops = any(r.gigaflops for r in results)
     if flops:
-        table.add_column("GFLOP/s", justify="right")
+        table.add_column("GFLOP/s", justify="right", no_wrap=True)
     group = None
     for r in results:
         if group != (group := (r.stem, r.kind, r.dtype)):

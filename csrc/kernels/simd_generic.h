@@ -130,21 +130,35 @@ LMFUSE_INLINE void narrow(f16_t* p, float x) {
   p->bits = static_cast<uint16_t>(sign | half);
 }
 
+// Any address will do, as for the instructions of the other levels.
+template <class T>
+LMFUSE_INLINE float read(const T* p) {
+  T value;
+  __builtin_memcpy(&value, p, sizeof(T));
+  return widen(value);
+}
+template <class T>
+LMFUSE_INLINE void write(T* p, float x) {
+  T value;
+  narrow(&value, x);
+  __builtin_memcpy(p, &value, sizeof(T));
+}
+
 template <class T>
 LMFUSE_INLINE Vec load(const T* p, Lanes l) {
-  return each([&](int64_t i) { return i < l.n ? widen(p[i]) : 0.0f; });
+  return each([&](int64_t i) { return i < l.n ? read(p + i) : 0.0f; });
 }
 template <class T>
 LMFUSE_INLINE Vec load(const T* p) {
-  return each([&](int64_t i) { return widen(p[i]); });
+  return each([&](int64_t i) { return read(p + i); });
 }
 template <class T>
 LMFUSE_INLINE void store(T* p, Vec a, Lanes l) {
-  for (int64_t i = 0; i < l.n; ++i) narrow(p + i, a.v[i]);
+  for (int64_t i = 0; i < l.n; ++i) write(p + i, a.v[i]);
 }
 template <class T>
 LMFUSE_INLINE void store(T* p, Vec a) {
-  for (int64_t i = 0; i < kLanes; ++i) narrow(p + i, a.v[i]);
+  for (int64_t i = 0; i < kLanes; ++i) write(p + i, a.v[i]);
 }
 
 template <class T>

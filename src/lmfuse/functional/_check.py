@@ -1,8 +1,8 @@
 """The checks before an op, each of which names the argument, what it is and what it must be.
 
 They look at shapes and dtypes only, so they also hold while torch.compile and torch.export trace.
-A decode step makes hundreds of them: each first asks in one line whether all is well (0.2 us) and
-only then looks for what is not.
+Functions of a decode step make them only after the op refused (`_library.call`); the others first,
+so each asks in one line whether all is well (0.2 us) and only then looks for what is not.
 """
 
 from __future__ import annotations

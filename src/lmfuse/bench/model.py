@@ -1,0 +1,228 @@
+"""Whole models through transformers' `generate`: the first token, and the next ones.
+
+Both are judged by the machine: a first token by the operations of its prompt, a next one by the
+bytes that it must read, which are the weights of the linear layers once, and the keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmfuse import hf
+from lmfuse.bench.limits import Limits, Probe, measure, peak_probe, read_probe, recycle_memory
+from lmfuse.bench.models import MODELS
+
+PROMPT, NEW, ROUNDS = 512, 64, 3
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One way of generating: how many prompts, of how many tokens, with how many beams each."""
+
+    batch: int = 1
+    beams: int = 1
+    prompt: int = PROMPT
+    new: int = NEW
+
+    def __str__(self) -> str:
+        rows = [f"{self.batch} prompts"] * (self.batch > 1) + [f"{self.beams} beams"] * (
+            self.beams > 1
+        )
+        return f"{self.prompt} + {self.new} tokens" + "".join(f", {r}" for r in rows)
+
+
+CASES = (ModelCase(), ModelCase(beams=4), ModelCase(batch=8, prompt=64))
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What one model reached in one case. Seconds are medians.
+
+    Attributes:
+        contender: "lmfuse", "stock" or "stock, compiled".
+        first, next: seconds until the first token, and for each one after it.
+        first_fraction, next_fraction: of the arithmetic peak, and of the read bandwidth, that were
+            measured right before and after.
+        same: how many of the new tokens are those of stock; None for stock itself.
+    """
+
+    model: str
+    dtype: str
+    case: ModelCase
+    contender: str
+    first: float
+    next: float
+    first_fraction: float
+    next_fraction: float
+    same: int | None
+
+    @property
+    def prefill(self) -> float:
+        """Prompt tokens a second, of all prompts."""
+        return self.case.batch * self.case.prompt / self.first
+
+    @property
+    def decode(self) -> float:
+        """New tokens a second, of all prompts."""
+        return self.case.batch / self.next
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model must at least read and compute."""
+
+    weights: int  # bytes of the linear layers, each once
+    products: int  # multiply-adds of one token in them, the head left out
+    head: int
+    cached: int  # bytes of keys and values of one token
+    attention: int  # multiply-adds for each pair of a query and a key that it sees
+
+    def first_flops(self, case: ModelCase) -> int:
+        """Operations of the prompts; the head is needed for the last token alone."""
+        pairs = case.prompt * (case.prompt + 1) // 2
+        each = self.products * case.prompt + self.head + self.attention * pairs
+        return 2 * case.batch * each
+
+    def next_bytes(self, case: ModelCase) -> int:
+        """Bytes of a next token, half way through; the beams of a prompt share it."""
+        shared = case.batch * case.prompt
+        own = case.batch * case.beams * case.new // 2
+        return self.weights + self.cached * (shared + own)
+
+
+def work(model: Any) -> Work:
+    """Counts for `model`, stock or optimized."""
+    config = model.config.get_text_config(decoder=True)
+    head = model.get_output_embeddings()
+    linears = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    inside = sum(m.out_features * m.in_features for m in linears.values() if m is not head)
+    last = head.out_features * head.in_features
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = model.dtype.itemsize
+    return Work(
+        weights=(inside + last) * size,
+        products=inside,
+        head=last,
+        cached=2 * config.num_hidden_layers * kv_heads * dim * size,
+        attention=2 * config.num_hidden_layers * config.num_attention_heads * dim,
+    )
+
+
+class ModelRunner:
+    """Loads a model once, stock and optimized, and times them in turn."""
+
+    def __init__(self, name: str, dtype: torch.dtype, compiled: bool = False) -> None:
+        recycle_memory(False)
+        stock = MODELS[name](dtype)
+        self.name, self.dtype = name, str(dtype).removeprefix("torch.")
+        self.models: dict[str, Any] = {"stock": stock, "lmfuse": hf.optimize(stock)}
+        if compiled:
+            self.models["stock, compiled"] = _compiled(stock)
+        for model in self.models.values():
+            model.generation_config.eos_token_id = None  # all are to write as much
+        self.work = work(stock)
+        self.read = read_probe()
+        self.peak = peak_probe("bf16" if dtype is torch.bfloat16 else "fp32")
+        self.limits: Limits = measure(self.read)
+
+    @torch.no_grad()
+    def run(self, case: ModelCase, rounds: int = ROUNDS) -> Iterator[ModelResult]:
+        """Times `case`; the models take turns, so that a change of the machine meets them all."""
+        ids = self._prompt(case)
+        runs: dict[str, list[_Round]] = {name: [] for name in self.models}
+        for model in self.models.values():
+            _generate(model, ids, case, 2)
+        for _ in range(rounds):
+            for name, model in self.models.items():
+                runs[name].append(self._round(model, ids, case))
+        expected = runs["stock"][0].tokens
+        for name, found in runs.items():
+            yield ModelResult(
+                self.name,
+                self.dtype,
+                case,
+                name,
+                first=median(r.first for r in found),
+                next=median(r.next for r in found),
+                first_fraction=median(r.first_fraction for r in found),
+                next_fraction=median(r.next_fraction for r in found),
+                same=None if name == "stock" else _same(expected, found[0].tokens),
+            )
+
+    def _prompt(self, case: ModelCase) -> Tensor:
+        vocabulary = self.models["stock"].get_input_embeddings().num_embeddings
+        random = torch.Generator().manual_seed(0)
+        return torch.randint(vocabulary, (case.batch, case.prompt), generator=random)
+
+    def _round(self, model: Any, ids: Tensor, case: ModelCase) -> _Round:
+        _, first, peak = _beside(lambda: _generate(model, ids, case, 1), self.peak)
+        tokens, whole, read = _beside(lambda: _generate(model, ids, case, 1 + case.new), self.read)
+        each = (whole - first) / case.new
+        return _Round(
+            first,
+            each,
+            self.work.first_flops(case) / first / peak,
+            self.work.next_bytes(case) / each / read,
+            tokens,
+        )
+
+
+@dataclass(frozen=True)
+class _Round:
+    first: float
+    next: float
+    first_fraction: float
+    next_fraction: float
+    tokens: Tensor
+
+
+def _beside(run: Callable[[], Tensor], probe: Probe) -> tuple[Tensor, float, float]:
+    """What `run` returns, its seconds, and the rate of `probe` right before and after."""
+    before = _seconds(probe.run)
+    start = perf_counter()
+    found = run()
+    seconds = perf_counter() - start
+    return found, seconds, 2 * probe.bytes / (before + _seconds(probe.run))
+
+
+def _seconds(run: Callable[[], object], samples: int = 3) -> float:
+    taken = []
+    for _ in range(samples):
+        start = perf_counter()
+        run()
+        taken.append(perf_counter() - start)
+    return median(taken)
+
+
+def _generate(model: Any, ids: Tensor, case: ModelCase, new: int) -> Tensor:
+    """The new tokens of greedy or beam search, `new` for each prompt."""
+    found: Tensor = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        num_beams=case.beams,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return found[:, ids.shape[1] :]
+
+
+def _same(expected: Tensor, tokens: Tensor) -> int:
+    """For how many tokens the rows agree, in the mean."""
+    agree = (expected == tokens).long().cumprod(dim=1).sum(dim=1)
+    return int(agree.double().mean())
+
+
+def _compiled(stock: nn.Module) -> nn.Module:
+    """`stock` with its forward through torch.compile, over the same weights."""
+    other = hf.swap.copied(stock)
+    other.forward = torch.compile(stock.forward, dynamic=True)
+    return other

@@ -84,10 +84,10 @@ struct FmaTile {
 
   explicit FmaTile(int64_t rows) : rows_(rows) {}
 
-  LMFUSE_INLINE void run(const float* x, int64_t lda, const char* b, int64_t k, float* acc, bool,
-                         Ahead ahead) {
+  LMFUSE_INLINE void run(const float* x, int64_t lda, const char* b, int64_t k, float* acc,
+                         bool resume, Ahead ahead) {
     with_count<kRows>(rows_, [&](auto r) {
-      run_rows<decltype(r)::value>(x, lda, reinterpret_cast<const T*>(b), k, acc, ahead);
+      run_rows<decltype(r)::value>(x, lda, reinterpret_cast<const T*>(b), k, acc, resume, ahead);
     });
   }
   TileRows rows() const { return {rows_, rows_, 0}; }
@@ -96,13 +96,14 @@ struct FmaTile {
   int64_t rows_;
 
   template <int R>
-  static void run_rows(const float* x, int64_t lda, const T* b, int64_t k, float* acc,
+  static void run_rows(const float* x, int64_t lda, const T* b, int64_t k, float* acc, bool resume,
                        Ahead ahead) {
     Vec sum[R][kVecs], row[kVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = broadcast(0.0f);
+      for (int v = 0; v < kVecs; ++v)
+        sum[r][v] = resume ? load(acc + r * kPanel + v * kLanes) : broadcast(0.0f);
 
     const auto multiply = [&](const Vec(&w)[kVecs], int64_t i) LMFUSE_LAMBDA {
 #pragma GCC unroll 16

@@ -151,6 +151,104 @@ struct GemmArgs {
 constexpr int64_t kRowBlock = 512;  // rows that share one pass over the weight
 constexpr int64_t kPanelGroup = 8;  // panels whose accumulators wait together
 
+// A quantized weight [n, k]: panels of 32 output channels, the last one padded. A panel is groups
+// along k (one, where every channel has one scale), each of them scales[32], zeros[32] if there are
+// any, and the codes, k padded with zeros to a multiple of woq_step:
+//   int8, fp8   [k / 4][32][4] bytes, fp8 being e4m3
+//   int4, nf4   [k / 8][32] words of 32 bits: nibbles k 0, 2, 4, 6 in the lower half, 1, 3, 5, 7 above
+// One layout for every instruction set and kind of arithmetic: four bytes are what VPDPBUSD and the
+// tiles take, and a word shifted by a nibble is two indices into a table of bf16.
+enum class WoqKind : int8_t { int8, int4, nf4, fp8 };
+enum class WoqZero : int8_t {
+  none,    // value = (q - middle) scale; the middle of int4 is 8, else 0
+  zero,    // value = (q - zero) scale
+  offset,  // value = q scale + offset
+};
+
+struct WoqFormat {
+  WoqKind kind;
+  WoqZero zero;
+  DType scale_type;  // of scales and zeros
+  int64_t n, k;      // k: columns as they lie in the panels
+  int64_t group;     // columns that share a scale
+
+  constexpr bool nibbles() const { return kind == WoqKind::int4 || kind == WoqKind::nf4; }
+  constexpr int64_t groups() const { return (k + group - 1) / group; }
+  constexpr int64_t step() const { return group == 32 ? 32 : 64; }
+  constexpr int64_t packed_k() const { return (k + step() - 1) / step() * step(); }
+  constexpr int64_t code_bytes(int64_t columns) const {
+    return columns * kPanel / (nibbles() ? 2 : 1);
+  }
+  constexpr int64_t scale_bytes() const {
+    return kPanel * (scale_type == DType::f32 ? 4 : 2) * (zero == WoqZero::none ? 1 : 2);
+  }
+  constexpr int64_t panel_bytes() const {
+    return groups() * scale_bytes() + code_bytes(packed_k());
+  }
+};
+
+// Codes [n][k], scales and zeros [n][groups] into panels, or (unpack) back. order: which column of
+// codes each column of the panels is, -1 for none; null: the same.
+struct WoqPackArgs {
+  WoqFormat format;
+  char* packed;
+  uint8_t* codes;
+  float *scales, *zeros;
+  const int32_t* order;
+  int64_t k;
+};
+
+// y[i] = row rows[i] of a quantized weight (row i, if rows is null), in fp32.
+struct WoqValuesArgs {
+  WoqFormat format;
+  const char* packed;
+  const int32_t* order;
+  const int64_t* rows;
+  float* y;
+  int64_t k;
+};
+
+// What is multiplied: fp32 values, codes widened to bf16, or int8 codes and int8 rows of x.
+enum class WoqCompute : int8_t { f32, bf16, int8 };
+
+// Blocks of k, within groups: sums over each are scaled, and added in order.
+constexpr int64_t kWoqBlock = 256;
+constexpr int64_t woq_block(const WoqFormat& f) {
+  return f.group < kWoqBlock ? f.group : kWoqBlock;
+}
+constexpr int64_t woq_blocks(const WoqFormat& f) {
+  return (f.k + woq_block(f) - 1) / woq_block(f);
+}
+
+// Rows of x, as the kernel wants them: columns in the order of the panels, padded with zeros as
+// these are, and for each block the sum of what it then holds. As int8: x / scale, with a scale for
+// each row or block.
+struct WoqRowsArgs {
+  Matrix x;
+  WoqFormat format;
+  WoqCompute compute;  // as what
+  bool round;          // to bf16 first
+  bool block_scales;
+  const int32_t* order;
+  int64_t k, lda;
+  void* rows;
+  float *sums, *scales;  // [m][blocks], scales for int8 only
+  float* scratch;        // k and packed_k floats, of the calling thread
+};
+
+// out = post(x W^T + bias), as GemmArgs (of which weight_type is not used).
+struct WoqArgs : GemmArgs {
+  WoqFormat format;
+  WoqCompute compute;
+  bool block_scales;
+  const float *sums, *scales;
+};
+// How a level computes, and how many floats of scratch a thread then needs.
+struct WoqPlan {
+  WoqCompute compute;
+  int64_t scratch;
+};
+
 // Attention: out = softmax(scale q k^T + bias) v, the softmax over chunks of keys that begin at
 // fixed positions and are joined in their order. So the bits of a row depend on its query, its keys
 // and its masks, and on nothing that is computed beside it.
@@ -277,6 +375,11 @@ struct PeakArgs {
   K(unpack_rows, UnpackRowsArgs)   /* rows */                            \
   K(gemm_rows, GemmRowsArgs)       /* rows */                            \
   K(gemm, GemmArgs)                /* panels of row blocks */            \
+  K(woq_pack, WoqPackArgs)         /* panels */                          \
+  K(woq_unpack, WoqPackArgs)       /* panels */                          \
+  K(woq_values, WoqValuesArgs)     /* rows */                            \
+  K(woq_rows, WoqRowsArgs)         /* rows */                            \
+  K(woq, WoqArgs)                  /* panels of row blocks */            \
   K(attention, AttentionArgs)      /* units * kv_heads + head */         \
   K(attention_join, AttentionArgs) /* sequences * kv_heads + head */     \
   K(cache_write, CacheArgs)        /* tokens */                          \
@@ -286,6 +389,7 @@ struct PeakArgs {
 
 struct Kernels {
   GemmFormat (*gemm_format)(DType weight, int64_t m, int64_t k);
+  WoqPlan (*woq_plan)(const WoqFormat&, WoqCompute, int64_t m, int64_t weights);
   int64_t (*attention_scratch)(const AttentionArgs&);  // bytes for each thread
 #define LMFUSE_MEMBER(name, Args) void (*name)(const Args&, int64_t begin, int64_t end);
   LMFUSE_KERNELS(LMFUSE_MEMBER)

@@ -12,6 +12,10 @@
 //   transpose(v)   kLanes vectors of kLanes 32-bit elements, rows to columns; bits are kept
 //   zip            2 * kLanes 16-bit elements of each of two rows, in turn
 //   sum(v)         one fixed tree, whatever the data
+//   Words          kLanes words of 32 bits: load_words, store_words, >>, &, number (to fp32)
+//   byte(w, i)     byte i of each word, signed
+//   lookup(t, w)   t[w & 15], of a table of 16 fp32 values
+//   e4m3(w)        the value of the lowest byte
 #pragma once
 
 #include <cstdint>

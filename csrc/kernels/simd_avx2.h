@@ -204,5 +204,36 @@ LMFUSE_INLINE void store_low(T* p, Vec a, Vec b) {
   store(p + kLanes, b);
 }
 
+struct Words {
+  __m256i v;
+};
+LMFUSE_INLINE Words load_words(const void* p) {
+  return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
+}
+LMFUSE_INLINE void store_words(void* p, Words w) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), w.v);
+}
+LMFUSE_INLINE Words operator>>(Words w, int bits) { return {_mm256_srli_epi32(w.v, bits)}; }
+LMFUSE_INLINE Words operator&(Words w, uint32_t mask) {
+  return {_mm256_and_si256(w.v, _mm256_set1_epi32(static_cast<int>(mask)))};
+}
+LMFUSE_INLINE Words byte(Words w, int i) {
+  return {_mm256_srai_epi32(_mm256_slli_epi32(w.v, 24 - 8 * i), 24)};
+}
+LMFUSE_INLINE Vec number(Words w) { return {_mm256_cvtepi32_ps(w.v)}; }
+LMFUSE_INLINE Vec lookup(const float* table, Words w) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), w.v);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), w.v);
+  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(w.v, 28)))};
+}
+LMFUSE_INLINE Vec e4m3(Words w) {
+  const __m256i bytes = _mm256_shuffle_epi8(
+      w.v, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8,
+                            12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  return widen(
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)),
+      e4m3_t{});
+}
+
 }  // namespace
 }  // namespace lmfuse::LMFUSE_ISA

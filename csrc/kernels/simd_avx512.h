@@ -215,5 +215,23 @@ LMFUSE_INLINE void store_low(bf16_t* p, Vec a, Vec b) {
 #endif
 }
 
+struct Words {
+  __m512i v;
+};
+LMFUSE_INLINE Words load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
+LMFUSE_INLINE void store_words(void* p, Words w) { _mm512_storeu_si512(p, w.v); }
+LMFUSE_INLINE Words operator>>(Words w, unsigned bits) { return {_mm512_srli_epi32(w.v, bits)}; }
+LMFUSE_INLINE Words operator&(Words w, uint32_t mask) {
+  return {_mm512_and_si512(w.v, _mm512_set1_epi32(static_cast<int>(mask)))};
+}
+LMFUSE_INLINE Words byte(Words w, unsigned i) {
+  return {_mm512_srai_epi32(_mm512_slli_epi32(w.v, 24 - 8 * i), 24)};
+}
+LMFUSE_INLINE Vec number(Words w) { return {_mm512_cvtepi32_ps(w.v)}; }
+LMFUSE_INLINE Vec lookup(const float* table, Words w) {
+  return {_mm512_permutexvar_ps(w.v, _mm512_loadu_ps(table))};
+}
+LMFUSE_INLINE Vec e4m3(Words w) { return widen(_mm512_cvtepi32_epi8(w.v), e4m3_t{}); }
+
 }  // namespace
 }  // namespace lmfuse::LMFUSE_ISA

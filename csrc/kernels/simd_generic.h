@@ -206,5 +206,36 @@ LMFUSE_INLINE void store_low(T* p, Vec a, Vec b) {
   store(p + kLanes, b);
 }
 
+struct Words {
+  uint32_t v[kLanes];
+};
+LMFUSE_INLINE Words load_words(const void* p) {
+  Words w;
+  __builtin_memcpy(w.v, p, sizeof(w.v));
+  return w;
+}
+LMFUSE_INLINE void store_words(void* p, Words w) { __builtin_memcpy(p, w.v, sizeof(w.v)); }
+LMFUSE_INLINE Words operator>>(Words w, int bits) {
+  for (uint32_t& word : w.v) word >>= bits;
+  return w;
+}
+LMFUSE_INLINE Words operator&(Words w, uint32_t mask) {
+  for (uint32_t& word : w.v) word &= mask;
+  return w;
+}
+LMFUSE_INLINE Words byte(Words w, int i) {
+  for (uint32_t& word : w.v) word = static_cast<uint32_t>(static_cast<int8_t>(word >> 8 * i));
+  return w;
+}
+LMFUSE_INLINE Vec number(Words w) {
+  return each([&](int64_t i) { return static_cast<float>(static_cast<int32_t>(w.v[i])); });
+}
+LMFUSE_INLINE Vec lookup(const float* table, Words w) {
+  return each([&](int64_t i) { return table[w.v[i] & 15]; });
+}
+LMFUSE_INLINE Vec e4m3(Words w) {
+  return each([&](int64_t i) { return widen(e4m3_t{static_cast<uint8_t>(w.v[i])}); });
+}
+
 }  // namespace
 }  // namespace lmfuse::LMFUSE_ISA

@@ -7,10 +7,11 @@ namespace lmfuse::LMFUSE_ISA {
 LMFUSE_KERNELS(LMFUSE_FUNCTION)
 #undef LMFUSE_FUNCTION
 GemmFormat gemm_format(DType weight, int64_t m, int64_t k);
+WoqPlan woq_plan(const WoqFormat&, WoqCompute, int64_t m, int64_t weights);
 int64_t attention_scratch(const AttentionArgs&);
 
 #define LMFUSE_ENTRY(name, Args) &name,
-const Kernels kernels = {&gemm_format, &attention_scratch, LMFUSE_KERNELS(LMFUSE_ENTRY)};
+const Kernels kernels = {&gemm_format, &woq_plan, &attention_scratch, LMFUSE_KERNELS(LMFUSE_ENTRY)};
 #undef LMFUSE_ENTRY
 
 }  // namespace lmfuse::LMFUSE_ISA

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "common.h"
+#include "linear.h"
 #include "memory.h"
 
 namespace lmfuse {
@@ -50,10 +50,6 @@ Packed open(const Tensor& t, const char* name) {
   return {static_cast<const char*>(t.const_data_ptr()) + sizeof(Header), type, h.n, h.k};
 }
 
-Tensor new_tensor(const int64_t* sizes, int64_t dim, ScalarType type) {
-  return torch::stable::empty({sizes, static_cast<size_t>(dim)}, type);
-}
-
 Tensor linear_pack(Tensor weight) {
   LMFUSE_CHECK(weight.is_cpu() && weight.dim() == 2, "weight must be a CPU tensor [n, k]");
   const int64_t n = weight.size(0), k = weight.size(1);
@@ -75,12 +71,6 @@ Tensor linear_pack(Tensor weight) {
   const auto kernel = kernels().pack;
   parallel(panel_count(n), kPanel * k, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return packed;
-}
-
-ScalarType scalar_type(DType type) {
-  return type == DType::f32    ? ScalarType::Float
-         : type == DType::bf16 ? ScalarType::BFloat16
-                               : ScalarType::Half;
 }
 
 Tensor linear_unpack(Tensor packed, int64_t out_features, int64_t in_features, ScalarType type) {
@@ -128,19 +118,6 @@ Rows2d rows_of(Tensor& x, const GemmFormat& format, int64_t m, int64_t k) {
   const auto kernel = kernels().gemm_rows;
   parallel(m, k, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return {a.rows, lda, copy};
-}
-
-Matrix operand(std::optional<Tensor>& t, const Tensor& out, const char* name) {
-  if (!t) return {};
-  LMFUSE_CHECK(t->is_cpu() && same_sizes(*t, out) && same_type(*t, out), name,
-               " must have the shape and dtype of the result");
-  return as_rows(*t, name);
-}
-
-uint32_t thread_index() {
-  uint32_t index = 0;
-  torch_get_thread_idx(&index);
-  return index;
 }
 
 // x of the type of the weight, or fp32 over bf16, which is rounded to bf16.
@@ -206,22 +183,9 @@ void run(Tensor x, GemmArgs* products, int64_t count) {
            });
 }
 
-Tensor new_result(const Tensor& x, int64_t n) {
-  int64_t sizes[64];
-  for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d);
-  sizes[x.dim() - 1] = n;
-  return empty(sizes, x.dim(), x);
-}
-
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_features,
               int64_t post, std::optional<Tensor> other, std::optional<Tensor> other2) {
-  LMFUSE_CHECK(post >= 0 && post < static_cast<int64_t>(PostOp::gate_up),
-               "post is unknown: ", post);
-  const PostOp op = static_cast<PostOp>(post);
-  const bool one = op == PostOp::mul || op == PostOp::add || op == PostOp::silu_mul;
-  const bool two = op == PostOp::add_add;
-  LMFUSE_CHECK(other.has_value() == (one || two) && other2.has_value() == two,
-               "post takes another number of operands");
+  const PostOp op = checked_post(post, other, other2);
   const Packed w = open(weight, "weight");
   LMFUSE_CHECK_VALUE(w.n == out_features, "weight has ", w.n, " output channels, not ",
                      out_features);

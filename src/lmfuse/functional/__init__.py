@@ -17,13 +17,26 @@ from lmfuse.functional.paged_attention import (
     flash_attn_varlen_func,
     single_query_cached_kv_attention,
 )
+from lmfuse.functional.quantized import (
+    Quantized,
+    QuantizedFormat,
+    dequantize,
+    pack_quantized,
+    quantized_format,
+    quantized_rows,
+    unpack_quantized,
+)
 from lmfuse.functional.rope import rotary_embedding, rotate, rotate_qk, rotate_qkv
+from lmfuse.functional.woq import woq_linear, woq_linear_concat, woq_linear_gate_up
 
 __all__ = [
     "PackedWeight",
+    "Quantized",
+    "QuantizedFormat",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "dequantize",
     "fast_layer_norm",
     "flash_attn_varlen_func",
     "gelu_mul",
@@ -33,6 +46,9 @@ __all__ = [
     "linear_concat",
     "linear_gate_up",
     "pack_linear",
+    "pack_quantized",
+    "quantized_format",
+    "quantized_rows",
     "reshape_and_cache",
     "rms_norm",
     "rotary_embedding",
@@ -41,6 +57,10 @@ __all__ = [
     "rotate_qkv",
     "silu_mul",
     "single_query_cached_kv_attention",
+    "unpack_quantized",
     "varlen_attention",
     "weight_rows",
+    "woq_linear",
+    "woq_linear_concat",
+    "woq_linear_gate_up",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 import intel_extension_for_pytorch as ipex
 import lmfuse
@@ -46,11 +48,65 @@ def test_paths_import_as_they_read():
     assert fusions is ipex.llm.functional.fusions
 
 
-def test_optimize_is_the_one_of_lmfuse():
-    assert ipex.optimize is lmfuse.optimize
-    assert ipex.llm.optimize is lmfuse.optimize
-    assert "optimize" in dir(ipex)
-    assert "optimize" in dir(ipex.llm)
+def mlp():
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).eval()
+
+
+def packed(model):
+    return isinstance(model[0], lmfuse.modules.Linear)
+
+
+def test_optimize_takes_the_arguments_of_ipex():
+    model = mlp()
+    assert packed(ipex.optimize(model))
+    assert ipex.optimize(model, torch.bfloat16, None, "O1")[0].weight.dtype is torch.bfloat16
+    assert not packed(ipex.optimize(model, level="O0"))
+    assert packed(ipex.optimize(model, level="O0", weights_prepack=True))
+    assert not packed(ipex.optimize(model, weights_prepack=False))
+    assert not packed(model)
+    assert ipex.optimize(model, inplace=True) is model
+    traced = torch.jit.trace(mlp(), torch.zeros(1, 8))
+    assert ipex.optimize(traced) is traced
+    with pytest.raises(ValueError, match="level is 'O2'"):
+        ipex.optimize(model, level="O2")
+    with pytest.raises(ValueError, match="optimizer must be None"):
+        ipex.optimize(model, optimizer=torch.optim.SGD(model.parameters()))
+
+
+def test_options_without_effect_warn_once():
+    with pytest.warns(UserWarning, match="ignores: conv_bn_folding.*; optimize_lstm") as caught:
+        ipex.optimize(mlp(), conv_bn_folding=True, optimize_lstm=True)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ipex.optimize(
+            mlp(),
+            concat_linear=True,
+            sample_input=torch.zeros(1, 8),
+            replace_dropout_with_identity=True,
+            conv_bn_folding=False,
+        )
+
+
+def test_llm_optimize_takes_the_arguments_of_ipex():
+    model = mlp()
+    assert packed(ipex.llm.optimize(model))
+    ours = ipex.llm.optimize(model, None, torch.bfloat16, True, "cpu", deployment_mode=False)
+    assert ours is model
+    assert model[0].weight.dtype is torch.bfloat16
+    again = ipex.llm.optimize(model, dtype=torch.float, cache_weight_for_large_batch=True)
+    assert again[0].weight.dtype is torch.bfloat16  # float32 means: as it is
+    traced = torch.jit.trace(mlp(), torch.zeros(1, 8))
+    assert ipex.llm.optimize(traced) is traced
+    for name, value in {
+        "optimizer": object(),
+        "device": "xpu",
+        "qconfig_summary_file": "recipe.json",
+        "low_precision_checkpoint": {},
+        "quantization_config": object(),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} .*must be"):
+            ipex.llm.optimize(model, **{name: value})
 
 
 def test_version_says_which_release_of_ipex_and_whose():

@@ -7,7 +7,6 @@ import gc
 import io
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -397,38 +396,17 @@ def test_optimize_and_restore(dtype_: torch.dtype | None) -> None:
         assert_same_bits(back(IDS).logits, stock(IDS).logits)
 
 
-# --- the arguments of ipex.optimize --------------------------------------------------------------
+# --- the arguments of optimize --------------------------------------------------------------------
 
 
 def packed(model: nn.Module) -> int:
     return sum(isinstance(m, modules.Linear) for m in model.modules())
 
 
-def test_levels() -> None:
+def test_weights_prepack() -> None:
     model = llama()
     assert packed(lmfuse.optimize(model)) == 15
     assert packed(lmfuse.optimize(model, weights_prepack=False)) == 0
-    assert packed(lmfuse.optimize(model, level="O0")) == 0
-    assert packed(lmfuse.optimize(model, level="O0", weights_prepack=True)) == 15
-    with pytest.raises(ValueError, match="level is 'O2'"):
-        lmfuse.optimize(model, level="O2")
-    with pytest.raises(ValueError, match="optimizer must be None"):
-        lmfuse.optimize(model, optimizer=torch.optim.SGD(model.parameters()))
-
-
-def test_options_without_effect_warn_once() -> None:
-    with pytest.warns(UserWarning, match="ignores: conv_bn_folding.*; optimize_lstm") as caught:
-        lmfuse.optimize(llama(), conv_bn_folding=True, optimize_lstm=True)
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lmfuse.optimize(
-            llama(),
-            concat_linear=True,
-            sample_input=IDS,
-            replace_dropout_with_identity=True,
-            conv_bn_folding=False,
-        )
 
 
 def test_auto_kernel_selection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from intel_extension_for_pytorch.cpu._auto_kernel_selection import (  # noqa: E4
     _enable_dnnl,
     _using_dnnl,
 )
+from lmfuse._alias import optimize  # noqa: E402
 from lmfuse._auto_kernel_selection import (  # noqa: E402
     FP32MathMode,
     get_fp32_math_mode,
@@ -30,7 +31,8 @@ __all__ = [
     "cpu",
     "get_fp32_math_mode",
     "llm",
+    "optimize",
     "set_fp32_math_mode",
 ]
 
-__getattr__, __dir__ = _alias.names(__name__, {"optimize": "lmfuse"})
+__getattr__, __dir__ = _alias.names(__name__)

@@ -2,7 +2,8 @@
 
 from intel_extension_for_pytorch.llm import functional, modules
 from lmfuse import _alias
+from lmfuse._alias import llm_optimize as optimize
 
-__all__ = ["functional", "modules"]
+__all__ = ["functional", "modules", "optimize"]
 
-__getattr__, __dir__ = _alias.names(__name__, {"optimize": "lmfuse"})
+__getattr__, __dir__ = _alias.names(__name__)

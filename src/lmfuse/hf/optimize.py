@@ -25,75 +25,59 @@ _REPORT = "_lmfuse_report"
 def optimize(
     model: Model,
     dtype: torch.dtype | None = None,
-    optimizer: None = None,
-    level: str = "O1",
     inplace: bool = False,
-    conv_bn_folding: bool | None = None,
-    linear_bn_folding: bool | None = None,
-    weights_prepack: bool | None = None,
-    replace_dropout_with_identity: bool | None = None,
-    optimize_lstm: bool | None = None,
-    split_master_weight_for_bf16: bool | None = None,
-    fuse_update_step: bool | None = None,
+    quantization_config: Any = None,
+    sample_inputs: Any = None,
+    deployment_mode: bool = False,
+    *,
+    weights_prepack: bool = True,
     auto_kernel_selection: bool | None = None,
-    sample_input: Any = None,
-    graph_mode: bool | None = None,
-    concat_linear: bool | None = None,
+    concat_linear: bool = True,
 ) -> Model:
-    """The same model, its linear layers packed and its norms, gated MLPs, RoPE and attention fused.
-
-    The arguments are those of `ipex.optimize`, in its order.
+    """The same model, its linear layers packed and its norms, MLPs, RoPE and attention fused.
 
     Modules are found by their shape, and accepted only if the fused form gives what the module's
     own forward gives on random inputs; all others stay stock, and `lmfuse.hf.report` tells why. A
     replaced module takes a subclass of its class: parameter names, state_dict, save_pretrained and
     config are unchanged, and other models of the process are not touched. transformers models get
-    the attention implementation "lmfuse", if their attention asks for one, and `generate` uses
-    `lmfuse.generation.Cache` unless it is given a cache or told to prepare one. Optimizing an
-    optimized model changes nothing. In float32 results agree up to rounding; in bfloat16 and
-    float16 the fused forms round once where stock modules round two or three times.
+    the attention implementation "lmfuse", and `generate` uses `lmfuse.generation.Cache` unless it
+    is given a cache or told to prepare one. Optimizing an optimized model changes nothing. In
+    float32 results agree up to rounding; in bfloat16 and float16 the fused forms round once where
+    stock modules round two or three times.
 
     Args:
         model: any nn.Module in eval mode, with its parameters on the CPU.
         dtype: cast the floating parameters to float32, bfloat16 or float16. Buffers, such as RoPE's
             frequencies, and what transformers itself keeps in float32, stay as they are.
-        optimizer: must be None; lmfuse is for inference.
-        level: "O1", or "O0", which packs nothing unless weights_prepack is True.
         inplace: change and return `model` itself rather than a deep copy. Only so do the model and
             its packed form never exist together: the plain weight of a layer is freed before the
             next is packed.
-        weights_prepack: pack the linear layers (`lmfuse.modules.Linear`); None for what level says.
+        quantization_config: must be None: weights are not quantized yet.
+        sample_inputs, deployment_mode: accepted, as IPEX traced the model with them: here the
+            model as it is is as fast as a trace of it, and the packed layout depends on no input.
+        weights_prepack: pack the linear layers (`lmfuse.modules.Linear`).
         auto_kernel_selection: measure, once for each shape, dtype and number of threads, lmfuse's
             kernel and torch's on one and on 256 rows, and leave layers whose times torch's kernel
             makes shorter in the geometric mean as they are: there is one copy of a weight, in one
             layout, so one kernel for any number of rows. None for False, or what
             `_auto_kernel_selection._enable_dnnl` said; without effect after its `_enable_tpp`.
         concat_linear: compute query, key and value in one walk over their packed weights, which
-            stay where they are; None for True. Gate and up are always read so.
-        replace_dropout_with_identity, sample_input: accepted: dropout does nothing in eval mode,
-            and the packed layout depends on no input.
-        conv_bn_folding, linear_bn_folding, optimize_lstm, split_master_weight_for_bf16,
-            fuse_update_step, graph_mode: ignored, with one warning if True.
+            stay where they are. Gate and up are always read so.
 
     Returns:
         The optimized model. `restore` undoes it, except for `dtype`.
 
     Raises:
         TypeError: not an nn.Module, or a dtype other than the three.
-        ValueError: an optimizer, an unknown level, a model in training mode, with parameters
-            elsewhere than on the CPU, or quantized and given a dtype. After any exception `model`
-            is as before (but cast to `dtype`, if it was packing that failed).
+        ValueError: a model in training mode, with parameters elsewhere than on the CPU, or
+            quantized by another library and given a dtype; a quantization_config. After any
+            exception `model` is as before (but cast to `dtype`, if it was packing that failed).
     """
     _check(model, dtype)
-    idle = {
-        "conv_bn_folding": conv_bn_folding,
-        "linear_bn_folding": linear_bn_folding,
-        "optimize_lstm": optimize_lstm,
-        "split_master_weight_for_bf16": split_master_weight_for_bf16,
-        "fuse_update_step": fuse_update_step,
-        "graph_mode": graph_mode,
-    }
-    linear.check_arguments(level, optimizer, idle)
+    if quantization_config is not None:
+        raise ValueError(
+            "quantization_config must be None: this version of lmfuse does not quantize weights"
+        )
     if not inplace:
         model = copy.deepcopy(model)
     before = {module: type(module) for module in model.modules()}
@@ -103,7 +87,7 @@ def optimize(
             joints.join(model, done)
         if dtype is not None:
             _cast(model, dtype)  # late: all before it can be undone
-        if weights_prepack or (weights_prepack is None and level == "O1"):
+        if weights_prepack:
             linear.pack(model, done, auto_kernel_selection, concat_linear)
     except BaseException:
         for module, kind in before.items():

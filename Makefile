@@ -10,7 +10,7 @@
 PYTHON   ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 ARGS     ?=
-OPS      ?= norm activation rope linear
+OPS      ?= norm activation rope linear attention
 
 VENV := .venv
 BIN  := $(VENV)/bin

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -183,6 +185,31 @@ def test_what_no_row_sees_is_not_read(isa):
     k[:, 290:], v[:, 290:] = float("nan"), float("nan")
     cut = functional.attention(q, k[:, :290], v[:, :290])
     assert not cut.isnan().any()
+
+
+_PEAK = """
+import torch
+from lmfuse.functional import attention
+
+def memory(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+
+length = 32768
+q, k, v = (torch.randn(1, length, h, 64).bfloat16() for h in (4, 1, 1))
+attention(q[:, :512], k[:, :512], v[:, :512], causal=True)  # threads start
+open("/proc/self/clear_refs", "w").write("5")  # VmHWM from here on
+start = memory("VmRSS")
+out = attention(q, k, v, causal=True)
+print(memory("VmHWM") - start - out.nbytes)
+"""
+
+
+def test_peak_memory_of_a_prompt_of_32k():
+    """No buffer of queries times keys: beyond q, k, v and the result there are some MB."""
+    done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 << 20
 
 
 # --- the bits of a row ---------------------------------------------------------------------------

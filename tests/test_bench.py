@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lmfuse
 from lmfuse import bench
-from lmfuse.bench import limits, linear
+from lmfuse.bench import attention, limits, linear
 from lmfuse.bench.case import Case, MismatchError
 from lmfuse.bench.limits import Probe, Timing
 from lmfuse.bench.norm import llama_rms_norm
@@ -45,6 +45,30 @@ def test_linear_cases_are_right(dtype: torch.dtype, post: str | None) -> None:
         case.check(inputs)
     assert {c.limit for c in bench.cases("linear")} == {"roof", "cached"}
     assert case.bytes(inputs) == sum(t.nbytes for t in inputs) + 20 * 70 * dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        attention.contiguous(2, 300, 64),
+        attention.int8(2, 300, 64),
+        attention.paged(2, 320, 64, 16),
+        attention.paged(4, 320, 64, 16, shared=256),
+        attention.indirect(2, 300, 64),
+        attention.indirect(4, 300, 64, shared=256),
+        attention.prompt(300, 64),
+        attention.cache_write(64, 64, 16),
+    ],
+    ids=str,
+)
+def test_attention_cases_are_right(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when each call takes other copies of the caches; stock computes the same."""
+    monkeypatch.setattr(attention, "_COLD_BYTES", 2 << 20)
+    inputs = case.inputs()
+    for _ in range(3):
+        case.check(inputs)
+    for y, s in zip(_tuple(case.run(*inputs)), _tuple(case.stock(*inputs)), strict=True):
+        torch.testing.assert_close(y[: len(s)], s.view_as(y[: len(s)]), rtol=0.05, atol=0.02)
 
 
 STREAMS = [case for case in ROWS if case.kind == "stream"]

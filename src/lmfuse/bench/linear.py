@@ -6,33 +6,19 @@ reading them is what counts. Only 576 x 576, a small model's layer, is also time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lmfuse import functional
-from lmfuse.bench.case import Case, Inputs
+from lmfuse.bench.case import Case, Inputs, walk
 from lmfuse.functional.linear import UNFUSED
 
 _COLD_BYTES = 512 << 20
 _FEW = 8  # copies for a prompt, whose arithmetic outlasts the reading
-
-# Of one weight: the endless walk over its copies. They go with the weight.
-_walks = WeakIdKeyDictionary()
-
-
-def _next(weight: Tensor, copies: int, make: Callable[[Tensor], Tensor]) -> Tensor:
-    if weight not in _walks:
-        _walks[weight] = {}
-    walks: dict[Callable[[Tensor], Tensor], Iterator[Tensor]] = _walks[weight]
-    if make not in walks:
-        walks[make] = cycle([make(weight) for _ in range(copies)])
-    return next(walks[make])
 
 
 def _inputs(n: int, shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
@@ -52,11 +38,11 @@ def case(
     stock_post: Callable[..., Tensor] = UNFUSED[post] if post else lambda z: z
 
     def run(x: Tensor, weight: Tensor, *other: Tensor) -> Tensor:
-        packed = _next(weight, copies, functional.pack_linear)
+        packed = walk(weight, copies, functional.pack_linear)
         return functional.linear(x, packed, None, post, *other)  # type: ignore[arg-type]
 
     def stock(x: Tensor, weight: Tensor, *other: Tensor) -> Tensor:
-        return stock_post(F.linear(x, _next(weight, copies, torch.clone)), *other)
+        return stock_post(F.linear(x, walk(weight, copies, torch.clone)), *other)
 
     def reference(x: Tensor, weight: Tensor, *other: Tensor) -> Tensor:
         return stock_post(F.linear(x, weight), *other)

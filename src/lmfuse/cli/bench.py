@@ -23,6 +23,8 @@ from lmfuse.cli import _bench_model
 from lmfuse.cli._bench_model import DType
 from lmfuse.cli._console import console
 
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
 
 def bench(
     stems: Annotated[
@@ -130,7 +132,7 @@ def _table(limits: Limits, results: list[Result]) -> Table:
             table.add_section()
         table.add_row(
             r.name,
-            f"{list(r.shape)} {r.dtype}",
+            f"{list(r.shape)} {_SHORT.get(r.dtype, r.dtype)}",
             _time(r.seconds),
             f"{r.gigabytes:.1f}",
             f"{r.fraction:.0%} of {r.limit}" if r.fraction is not None else "",

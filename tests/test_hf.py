@@ -18,6 +18,7 @@ from transformers.models.llama import modeling_llama
 
 import lmfuse
 from lmfuse import hf
+from lmfuse.bench.models import quiet
 from lmfuse.cli import demo
 from lmfuse.hf import swap
 
@@ -414,7 +415,7 @@ PROMPTS = [
 
 def test_a_real_model_says_the_same() -> None:
     """SmolLM2-135M-Instruct in fp32: 64 greedy tokens of 8 chat prompts, padded on the left."""
-    with demo._quiet():
+    with quiet():
         model, tokenizer = demo._load(torch.float32)
     chats = [
         tokenizer.apply_chat_template(

@@ -135,6 +135,9 @@ Tensor rope(Tensor x, Tensor sin, Tensor cos, std::optional<Tensor> positions, i
 std::tuple<Tensor, Tensor> rope_qk(Tensor query, Tensor key, Tensor sin, Tensor cos,
                                    std::optional<Tensor> positions, int64_t rotary_dim, bool half,
                                    bool heads_first) {
+  const Heads q = heads_of(query, heads_first, "query"), k = heads_of(key, heads_first, "key");
+  LMFUSE_CHECK(q.batch == k.batch && q.seq == k.seq && q.dim == k.dim && same_type(query, key),
+               "query and key must agree in all but their heads");
   return {rope(query, sin, cos, positions, rotary_dim, half, heads_first),
           rope(key, sin, cos, positions, rotary_dim, half, heads_first)};
 }

@@ -102,15 +102,11 @@ def rotate_qk(
     Raises:
         TypeError, ValueError: an argument that cannot be; see the text of the error.
     """
-    _check_qk(query, key, (4,), heads_first)
-    batch, first, second, head_dim = query.shape
-    seq = second if heads_first else first
-    position_ids = _check_angles(sin, cos, rotary_dim, position_ids, batch, seq, head_dim)
     query, key = _contiguous_heads(query), _contiguous_heads(key)
-    return cast(
-        tuple[Tensor, Tensor],
-        call(_rope_qk, query, key, sin, cos, position_ids, rotary_dim, rotary_half, heads_first),
-    )
+    if position_ids is not None:
+        position_ids = _as_the_op_wants(position_ids)
+    args = (query, key, sin, cos, position_ids, rotary_dim, rotary_half, heads_first)
+    return cast(tuple[Tensor, Tensor], call(_rope_qk, *args, check=_check_rope_qk))
 
 
 def rotate(
@@ -123,15 +119,10 @@ def rotate(
     heads_first: bool = False,
 ) -> Tensor:
     """x, rotated into a new tensor; arguments, result and errors as for `rotate_qk`."""
-    _check_heads("x", x, (4,))
-    batch, first, second, head_dim = x.shape
-    seq = second if heads_first else first
-    position_ids = _check_angles(sin, cos, rotary_dim, position_ids, batch, seq, head_dim)
-    x = _contiguous_heads(x)
-    return cast(
-        Tensor,
-        call(_rope, x, sin, cos, position_ids, rotary_dim, rotary_half, heads_first),
-    )
+    if position_ids is not None:
+        position_ids = _as_the_op_wants(position_ids)
+    args = (_contiguous_heads(x), sin, cos, position_ids, rotary_dim, rotary_half, heads_first)
+    return cast(Tensor, call(_rope, *args, check=_check_rope))
 
 
 def rotate_qkv(
@@ -191,7 +182,49 @@ def _rows(table: Tensor) -> Tensor:
 
 
 def _contiguous_heads(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    try:
+        return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    except (AttributeError, IndexError):  # no tensor, or one without dimensions: checked later
+        return x
+
+
+def _as_the_op_wants(position_ids: Tensor) -> Tensor:
+    """In int64 and two dimensions, unless it is wrong: that is found later."""
+    if not isinstance(position_ids, Tensor):
+        return position_ids
+    if position_ids.dtype in _INTEGERS:
+        position_ids = position_ids.long()
+    one_row = position_ids.dim() == 1 and position_ids.shape[0] != 1
+    return position_ids.unsqueeze(0) if one_row else position_ids
+
+
+def _check_rope_qk(
+    query: Tensor,
+    key: Tensor,
+    sin: Tensor,
+    cos: Tensor,
+    positions: Tensor | None,
+    rotary_dim: int,
+    half: bool,
+    heads_first: bool,
+) -> None:
+    _check_qk(query, key, (4,), heads_first)
+    _check_rope(query, sin, cos, positions, rotary_dim, half, heads_first)
+
+
+def _check_rope(
+    x: Tensor,
+    sin: Tensor,
+    cos: Tensor,
+    positions: Tensor | None,
+    rotary_dim: int,
+    half: bool,
+    heads_first: bool,
+) -> None:
+    _check_heads("x", x, (4,))
+    batch, first, second, head_dim = x.shape
+    seq = second if heads_first else first
+    _check_angles(sin, cos, rotary_dim, positions, batch, seq, head_dim)
 
 
 def _check_heads(name: str, x: Tensor, dims: tuple[int, ...]) -> None:
@@ -301,6 +334,7 @@ def _(
     half: bool,
     heads_first: bool,
 ) -> Tensor:
+    _check_rope(x, sin, cos, positions, rotary_dim, half, heads_first)
     return _empty_heads(x, x.shape, heads_first)
 
 
@@ -315,6 +349,7 @@ def _(
     half: bool,
     heads_first: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_rope_qk(query, key, sin, cos, positions, rotary_dim, half, heads_first)
     return _empty_heads(query, query.shape, heads_first), _empty_heads(key, key.shape, heads_first)
 
 

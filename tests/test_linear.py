@@ -364,7 +364,7 @@ namespace lmfuse::amx {
 void pack(const PackArgs&, int64_t, int64_t);
 void gemm_rows(const GemmRowsArgs&, int64_t, int64_t);
 void gemm(const GemmArgs&, int64_t, int64_t);
-GemmFormat gemm_format(DType, int64_t, int64_t);
+GemmFormat gemm_format(DType, int64_t);
 }
 using namespace lmfuse;
 
@@ -381,11 +381,11 @@ extern "C" void linear(void* x, void* w, float* out, int64_t m, int64_t n, int64
   const int64_t panels = panel_count(n);
   std::vector<char> packed(panels * panel_bytes(DType::bf16, k));
   amx::pack({rows(w, DType::bf16, k), packed.data(), n, k}, 0, panels);
-  const GemmFormat format = amx::gemm_format(DType::bf16, m, k);
+  const GemmFormat format = amx::gemm_format(DType::bf16, m);
   const int64_t lda = (k + format.k_multiple - 1) / format.k_multiple * format.k_multiple;
   std::vector<char> input(m * lda * 2);
   amx::gemm_rows({rows(x, DType::bf16, k), input.data(), format.type, k, lda}, 0, m);
-  std::vector<float> scratch(format.scratch_rows * kPanel * kPanelGroup + 1);
+  std::vector<float> scratch(format.scratch_rows * kPanel + 1);
   GemmArgs a{};
   a.x = input.data();
   a.lda = lda;
@@ -425,7 +425,7 @@ def soft_tiles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tensor, Te
 
 # Around the heights of a tile and of two, the block of k and the padding of both.
 TILES = [(1, 1, 1), (1, 33, 40), (3, 45, 64), (16, 32, 32), (17, 40, 31), (32, 64, 513)]
-TILES += [(33, 70, 512), (40, 33, 1100), (63, 5, 600), (70, 300, 97)]
+TILES += [(33, 70, 512), (40, 33, 1100), (63, 5, 600), (70, 300, 97), (100, 200, 577)]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), TILES)

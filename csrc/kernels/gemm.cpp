@@ -1,9 +1,9 @@
 // out = post(x W^T + bias): how rows, panels and k are walked, and what is done to the
 // accumulators. The arithmetic itself stands in gemm_tile.h.
 //
-// Few rows: each panel is read once, straight through, at the speed of memory. Many rows: in blocks
-// of k that fit the first-level cache, with the accumulators of a group of panels waiting in the
-// second.
+// Few rows: each panel is read once, straight through, at the speed of memory. Many rows by AMX: in
+// blocks of k that fit the first-level cache, with the accumulators of a group of panels waiting in
+// the second. While the tiles multiply, vectors finish what they left just before.
 #include "gemm_finish.h"
 
 namespace lmfuse::LMFUSE_ISA {
@@ -41,9 +41,36 @@ void straight(const GemmArgs& a, const RowTiles& rows, int64_t first, int64_t la
                                             : Ahead::of_next(next, weights.panel, t, rows.count);
         tile.run(x + r * a.lda, a.lda, b, k, acc[w], false, ahead);
       }
-      finish(a, tile.rows(), acc[0], acc[1], r, p);
+      finish(a, {tile.rows(), 0, tile.rows().count, r, p}, acc[0], acc[1]);
     }
 }
+
+// What the tiles left: the sums of one block of k, to be added to those before and, after the last
+// block, finished. Some rows at a time, so that the next tile multiplies meanwhile.
+struct Left {
+  Part part;  // part.from: how far it is
+  float* sums;
+  float* acc;         // of the blocks before
+  const float* gate;  // the accumulators of the first weight, where sums are of the second
+  bool first, last;   // of the blocks of k
+
+  LMFUSE_INLINE void step(const GemmArgs& a, int64_t count) {
+    const int64_t rest = part.rows.count - part.from;
+    part.to = part.from + (count < rest ? count : rest);
+    if (part.from == part.to) return;
+    if (!first || !last)
+      for (int64_t r = part.from; r < part.to; ++r) {
+        const int64_t at = part.rows.at(r) * kPanel;
+#pragma GCC unroll 4
+        for (int64_t i = at; i < at + kPanel; i += kLanes) {
+          const Vec sum = load(sums + i);
+          store((last ? sums : acc) + i, first ? sum : load(acc + i) + sum);
+        }
+      }
+    if (last) finish(a, part, gate ? gate : sums, sums);
+    part.from = part.to;
+  }
+};
 
 // In blocks of k: a panel's block stays in the first-level cache for all tiles.
 template <class Tile>
@@ -51,11 +78,15 @@ void blocked(const GemmArgs& a, const RowTiles& rows, int64_t first, int64_t las
   const Weights weights(a);
   const auto* x = static_cast<const typename Tile::Input*>(a.x);
   const int64_t k = packed_k(a.weight_type, a.k), k_bytes = weights.panel / k;
-  const int64_t acc_tile = Tile::kRows * kPanel,
-                acc_weight = acc_tile * rows.count * (last - first);
+  const int64_t step = Tile::block(k), acc_tile = Tile::kRows * kPanel;
   Tile tile(rows.height);
-  for (int64_t k0 = 0; k0 < k; k0 += Tile::kBlockK) {
-    const int64_t block = k - k0 < Tile::kBlockK ? k - k0 : Tile::kBlockK;
+  alignas(64) float sums[2][Tile::kRows * kPanel];
+  Left left{};
+  int now = 0;
+  for (int64_t k0 = 0; k0 < k; k0 += step) {
+    const int64_t block = k - k0 < step ? k - k0 : step;
+    const int64_t share =
+        (rows.height * kDotStep + block - 1) / block;  // for each step of the tiles
     for (int64_t p = first; p < last; ++p)
       for (int64_t w = 0; w < weights.count; ++w) {
         const char* b = weights.at(w, p) + k0 * k_bytes;
@@ -64,22 +95,24 @@ void blocked(const GemmArgs& a, const RowTiles& rows, int64_t first, int64_t las
                                 : weights.at(0, first) + (k0 + block) * k_bytes;
         for (int64_t t = 0; t < rows.count; ++t) {
           const int64_t r = rows.first(t);
-          float* acc = a.scratch + ((p - first) * rows.count + t) * acc_tile;
-          tile.run(x + r * a.lda + k0, a.lda, b, block, acc + w * acc_weight, k0 > 0,
-                   Ahead::of_next(next, block * k_bytes, t, rows.count));
-          if (k0 + block == k && w + 1 == weights.count)
-            finish(a, tile.rows(), acc, acc + acc_weight, r, p);
+          Ahead ahead = Ahead::of_next(next, block * k_bytes, t, rows.count);
+          tile.template run_block<true>(x + r * a.lda + k0, a.lda, b, block, sums[now], ahead,
+                                        [&]() LMFUSE_LAMBDA { left.step(a, share); });
+          left.step(a, rows.height);
+          float* acc = a.scratch + ((p - first) * rows.count + t) * weights.count * acc_tile;
+          const bool end = k0 + block == k && w + 1 == weights.count;
+          left = {{tile.rows(), 0, 0, r, p}, sums[now], acc + w * acc_tile,
+                  w ? acc : nullptr,         k0 == 0,   end};
+          now = 1 - now;
         }
       }
   }
+  left.step(a, rows.height);
 }
 
-// Blocks of k pay where the rows of x would not stay in the second-level cache.
 template <class Tile>
-bool in_blocks(int64_t rows, int64_t k) {
-  constexpr int64_t kCacheBytes = 512 << 10;
-  return Tile::kBlockK < kWhole && rows > Tile::kRows && k > Tile::kBlockK &&
-         rows * k * static_cast<int64_t>(sizeof(typename Tile::Input)) > kCacheBytes;
+bool in_blocks(int64_t rows) {
+  return Tile::kBlocks && rows > Tile::kRows;
 }
 
 template <class Tile>
@@ -90,12 +123,16 @@ void gemm_with(const GemmArgs& a, int64_t begin, int64_t end) {
     const int64_t left = a.m - row0, rest = panels - first;
     const RowTiles rows(row0, left < kRowBlock ? left : kRowBlock, Tile::kRows);
     int64_t count = end - begin < rest ? end - begin : rest;
-    if (in_blocks<Tile>(rows.rows, a.k)) {
-      if (count > kPanelGroup) count = kPanelGroup;
-      blocked<Tile>(a, rows, first, first + count);
-    } else {
-      straight<Tile>(a, rows, first, first + count);
+    if constexpr (Tile::kBlocks) {
+      if (in_blocks<Tile>(rows.rows)) {
+        // As many panels as tiles: the fewer the rows, the nearer together is what is read.
+        if (count > rows.count) count = rows.count;
+        blocked<Tile>(a, rows, first, first + count);
+        begin += count;
+        continue;
+      }
     }
+    straight<Tile>(a, rows, first, first + count);
     begin += count;
   }
 }
@@ -109,17 +146,17 @@ using Bf16Tile = FmaTile<bf16_t>;
 #endif
 
 template <class Tile>
-GemmFormat format(int64_t m, int64_t k, int64_t k_multiple) {
+GemmFormat format(int64_t m, int64_t k_multiple) {
   const int64_t block = m < kRowBlock ? m : kRowBlock;
   const int64_t tiles = (block + Tile::kRows - 1) / Tile::kRows;
   return {sizeof(typename Tile::Input) == 4 ? DType::f32 : DType::bf16, k_multiple,
-          in_blocks<Tile>(block, k) ? tiles * Tile::kRows : 0};
+          in_blocks<Tile>(block) ? tiles * tiles * Tile::kRows : 0};
 }
 
 }  // namespace
 
-GemmFormat gemm_format(DType weight, int64_t m, int64_t k) {
-  return weight == DType::bf16 ? format<Bf16Tile>(m, k, kDotStep) : format<FmaTile<float>>(m, k, 1);
+GemmFormat gemm_format(DType weight, int64_t m) {
+  return weight == DType::bf16 ? format<Bf16Tile>(m, kDotStep) : format<FmaTile<float>>(m, 1);
 }
 
 void gemm_rows(const GemmRowsArgs& a, int64_t begin, int64_t end) {

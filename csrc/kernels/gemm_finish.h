@@ -23,16 +23,21 @@ void widen_bias(const Vector& bias, int64_t n0, int64_t count, float* to) {
   });
 }
 
+// Rows [from, to) of a tile, whose first is row0 of x.
+struct Part {
+  TileRows rows;
+  int64_t from, to, row0, panel;
+};
+
 // out = f(acc + bias), rounded once. The last panel may have fewer channels than 32.
 template <class T, class F>
-void finish_rows(const GemmArgs& a, const TileRows& rows, const float* acc, const float* acc_up,
-                 int64_t row0, int64_t panel, F f) {
-  const int64_t n0 = panel * kPanel, count = a.n - n0 < kPanel ? a.n - n0 : kPanel;
+void finish_rows(const GemmArgs& a, const Part& part, const float* acc, const float* acc_up, F f) {
+  const int64_t n0 = part.panel * kPanel, count = a.n - n0 < kPanel ? a.n - n0 : kPanel;
   alignas(64) float bias[kPanel] = {}, up_bias[kPanel] = {};
   widen_bias(a.bias, n0, count, bias);
   widen_bias(a.bias2, n0, count, up_bias);
-  for (int64_t t = 0; t < rows.count; ++t) {
-    const int64_t r = row0 + t, acc_row = t < rows.split ? t : t + rows.gap;
+  for (int64_t t = part.from; t < part.to; ++t) {
+    const int64_t r = part.row0 + t, acc_row = part.rows.at(t);
     const float* z = acc + acc_row * kPanel;
     T* out = row<T>(a.out, r) + n0;
     const Operands<T> o{a.other.data ? row<T>(a.other, r) + n0 : nullptr,
@@ -49,12 +54,11 @@ void finish_rows(const GemmArgs& a, const TileRows& rows, const float* acc, cons
   }
 }
 
-void finish(const GemmArgs& a, const TileRows& rows, const float* acc, const float* acc_up,
-            int64_t row0, int64_t panel) {
+void finish(const GemmArgs& a, const Part& part, const float* acc, const float* acc_up) {
   with_type(a.out.dtype, [&](auto t) {
     using T = decltype(t);
     using O = const Operands<T>&;
-    const auto with = [&](auto f) { finish_rows<T>(a, rows, acc, acc_up, row0, panel, f); };
+    const auto with = [&](auto f) { finish_rows<T>(a, part, acc, acc_up, f); };
     switch (a.post) {
       case PostOp::none:
         return with([](Vec z, O, int64_t, auto) { return z; });

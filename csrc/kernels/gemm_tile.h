@@ -1,16 +1,17 @@
 // Micro-kernels of the linear layers: an accumulator tile of some rows by one panel of 32 channels.
 // Declared micro-kernel: this file may name instructions.
 //
-// Each output is one chain over ascending k (inside of AMX, in steps of 32), so that its bits
-// depend neither on the number of rows nor on where rows, panels and threads are cut. So a level
-// has one kernel per dtype, for one row as for many.
+// Each output is one chain over ascending k (AMX: a sum of such chains over blocks of k, each in
+// steps of 32), so that its bits depend neither on the number of rows nor on where rows, panels and
+// threads are cut. So a level has one kernel per dtype, for one row as for many.
 //
 //   Tile::Input       the type of a row of x
 //   Tile::kRows       rows of the largest tile
-//   Tile::kBlockK     k that one run covers when several tiles share a panel
+//   Tile::kBlocks     whether there is run_block, for when several tiles share a panel
 //   Tile(rows)        a kernel for tiles of so many rows
 //   run(x, lda, b, k, acc, resume, ahead)   acc[rows][32] = (resume ? acc : 0) + x[rows][k]
-//   b[k][32] rows()            which row of acc holds which row of x
+//   b[k][32]
+//   rows()            which row of acc holds which row of x
 #pragma once
 
 #include "loops.h"
@@ -23,6 +24,8 @@ constexpr int64_t kVecs = kPanel / kLanes;
 // Row r of x lies in row r of acc, from split on in r + gap.
 struct TileRows {
   int64_t count, split, gap;
+
+  int64_t at(int64_t r) const { return r < split ? r : r + gap; }
 };
 
 constexpr int64_t kWhole = int64_t{1} << 40;
@@ -80,7 +83,7 @@ template <class T>
 struct FmaTile {
   using Input = float;
   static constexpr int kRows = kLanes == 16 ? 12 : 3;  // 24 (12) accumulators of 32 (16) registers
-  static constexpr int64_t kBlockK = kWhole;
+  static constexpr bool kBlocks = false;
 
   explicit FmaTile(int64_t rows) : rows_(rows) {}
 
@@ -143,7 +146,7 @@ struct FmaTile {
 struct DotTile {
   using Input = bf16_t;
   static constexpr int kRows = 12;
-  static constexpr int64_t kBlockK = kWhole;
+  static constexpr bool kBlocks = false;
 
   explicit DotTile(int64_t rows) : rows_(rows) {}
 
@@ -189,71 +192,101 @@ struct DotTile {
 #if defined(LMFUSE_TILES)
 
 // Pairs of bf16 by AMX: two tiles of up to 16 rows (the second may overlap the first) by two of 16
-// channels. A block of 320 k is 20 KB of the panel, which then stays in the first-level cache while
-// the rows of x stream past it from the second; shorter ones wait for the accumulators more often
-// (256: 5 % slower), longer ones are pushed out (512: 10 %).
+// channels.
+//
+// Long k in blocks, whose sums are added by vectors: taking the accumulators of the block before
+// into the tiles again would stall them for 300 cycles. A block of 512 k is 32 KB of the panel,
+// which stays in the first-level cache while the rows of x go past it into the tiles.
 struct AmxTile {
   using Input = bf16_t;
   static constexpr int kRows = 2 * kTileRows;
-  static constexpr int64_t kBlockK = 320;
+  static constexpr bool kBlocks = true;
 
   explicit AmxTile(int64_t rows)
       : rows_(rows), half_(rows <= kTileRows ? rows : (rows + 1) / 2), tiles_(half_) {}
 
+  // How k is cut: blocks of equal length, only the last may be shorter.
+  static int64_t block(int64_t k) {
+    constexpr int64_t kBlock = 512, kRest = 64;  // a short rest joins its neighbour
+    const int64_t count = k > kBlock + kRest ? (k - kRest + kBlock - 1) / kBlock : 1;
+    return (k + count * kDotStep - 1) / (count * kDotStep) * kDotStep;
+  }
+
   LMFUSE_INLINE void run(const bf16_t* x, int64_t lda, const char* b, int64_t k, float* acc,
                          bool resume, Ahead ahead) {
-    if (rows_ <= kTileRows) {
-      run_tiles<false>(x, lda, b, k, acc, resume, ahead);
-    } else {
-      run_tiles<true>(x, lda, b, k, acc, resume, ahead);
+    alignas(64) float sums[kRows * kPanel];
+    const auto nothing = []() LMFUSE_LAMBDA {};
+    const int64_t step = block(k);
+    for (int64_t k0 = 0; k0 < k; k0 += step) {
+      const int64_t size = k - k0 < step ? k - k0 : step;
+      const bool add = resume || k0 > 0;
+      run_block<false>(x + k0, lda, b + k0 * kKBytes, size, add ? sums : acc, ahead, nothing);
+      if (add)
+        for (int64_t i = 0; i < stored() * kPanel; i += kLanes)
+          store(acc + i, load(acc + i) + load(sums + i));
     }
   }
-  TileRows rows() const { return {rows_, half_, rows_ <= kTileRows ? 0 : 2 * half_ - rows_}; }
+
+  // sums[rows][32] = x[rows][k] b[k][32] over one block. beside() runs once for each 32 of k, while
+  // the tiles multiply. kPast: the block of the panel is in the first-level cache, and x goes past.
+  template <bool kPast, class F>
+  LMFUSE_INLINE void run_block(const bf16_t* x, int64_t lda, const char* b, int64_t k, float* sums,
+                               Ahead& ahead, F beside) {
+    if (rows_ <= kTileRows) {
+      run_tiles<false, kPast>(x, lda, b, k, sums, ahead, beside);
+    } else {
+      run_tiles<true, kPast>(x, lda, b, k, sums, ahead, beside);
+    }
+  }
+  TileRows rows() const { return {rows_, half_, stored() - rows_}; }
 
  private:
+  static constexpr int64_t kKBytes = kPanel * sizeof(bf16_t);
   int64_t rows_, half_;
   Tiles tiles_;
 
-  template <bool kTwo>
-  LMFUSE_INLINE void run_tiles(const bf16_t* x, int64_t lda, const char* b, int64_t k, float* acc,
-                               bool resume, Ahead ahead) {
+  int64_t stored() const { return rows_ <= kTileRows ? rows_ : 2 * half_; }
+
+  template <int t, bool kPast>
+  LMFUSE_INLINE void load_x(const bf16_t* x, int64_t row_bytes) {
+    if constexpr (kPast) {
+      tiles_.load_past<t>(x, row_bytes);
+    } else {
+      tiles_.load<t>(x, row_bytes);
+    }
+  }
+
+  template <bool kTwo, bool kPast, class F>
+  LMFUSE_INLINE void run_tiles(const bf16_t* x, int64_t lda, const char* b, int64_t k, float* sums,
+                               Ahead& ahead, F beside) {
     constexpr int64_t kRow = kPanel * sizeof(float);
     const int64_t x_row = lda * static_cast<int64_t>(sizeof(bf16_t));
     const bf16_t* x2 = x + (rows_ - half_) * lda;
-    float* acc2 = acc + half_ * kPanel;
-    if (resume) {
-      tiles_.load<0>(acc, kRow);
-      tiles_.load<1>(acc + 16, kRow);
-      if constexpr (kTwo) {
-        tiles_.load<2>(acc2, kRow);
-        tiles_.load<3>(acc2 + 16, kRow);
-      }
-    } else {
-      tiles_.zero<0>();
-      tiles_.zero<1>();
-      if constexpr (kTwo) {
-        tiles_.zero<2>();
-        tiles_.zero<3>();
-      }
+    tiles_.zero<0>();
+    tiles_.zero<1>();
+    if constexpr (kTwo) {
+      tiles_.zero<2>();
+      tiles_.zero<3>();
     }
     for (int64_t i = 0; i < k; i += kDotStep, b += 16 * kRow) {
-      tiles_.load<4>(x + i, x_row);
+      load_x<4, kPast>(x + i, x_row);
       tiles_.load<6>(b, kRow);
       for (int s = 0; s < 16; ++s) ahead.step();
       tiles_.load<7>(b + 64, kRow);
       tiles_.dot_bf16<0, 4, 6>();
-      if constexpr (kTwo) tiles_.load<5>(x2 + i, x_row);
+      if constexpr (kTwo) load_x<5, kPast>(x2 + i, x_row);
       tiles_.dot_bf16<1, 4, 7>();
+      beside();
       if constexpr (kTwo) {
         tiles_.dot_bf16<2, 5, 6>();
         tiles_.dot_bf16<3, 5, 7>();
       }
     }
-    tiles_.store<0>(acc, kRow);
-    tiles_.store<1>(acc + 16, kRow);
+    tiles_.store<0>(sums, kRow);
+    tiles_.store<1>(sums + 16, kRow);
     if constexpr (kTwo) {
-      tiles_.store<2>(acc2, kRow);
-      tiles_.store<3>(acc2 + 16, kRow);
+      tiles_.store<2>(sums + half_ * kPanel, kRow);
+      tiles_.store<3>(sums + half_ * kPanel + 16, kRow);
     }
   }
 };

@@ -124,7 +124,7 @@ enum class PostOp : int8_t {
 struct GemmFormat {
   DType type;
   int64_t k_multiple;
-  int64_t scratch_rows;  // of kPanel accumulators, for each of kPanelGroup panels and each weight
+  int64_t scratch_rows;  // of kPanel accumulators, for each weight
 };
 
 // Rows of x into the form of GemmFormat: converted, padded with zeros up to lda.
@@ -149,7 +149,6 @@ struct GemmArgs {
   float* scratch;  // of the calling thread
 };
 constexpr int64_t kRowBlock = 512;  // rows that share one pass over the weight
-constexpr int64_t kPanelGroup = 8;  // panels whose accumulators wait together
 
 // A quantized weight [n, k]: panels of 32 output channels, the last one padded. A panel is groups
 // along k (one, where every channel has one scale), each of them scales[32], zeros[32] if there are
@@ -388,7 +387,7 @@ struct PeakArgs {
   K(limit_peak, PeakArgs)          /* threads */
 
 struct Kernels {
-  GemmFormat (*gemm_format)(DType weight, int64_t m, int64_t k);
+  GemmFormat (*gemm_format)(DType weight, int64_t m);
   WoqPlan (*woq_plan)(const WoqFormat&, WoqCompute, int64_t m, int64_t weights);
   int64_t (*attention_scratch)(const AttentionArgs&);  // bytes for each thread
 #define LMFUSE_MEMBER(name, Args) void (*name)(const Args&, int64_t begin, int64_t end);

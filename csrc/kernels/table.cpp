@@ -6,7 +6,7 @@ namespace lmfuse::LMFUSE_ISA {
 #define LMFUSE_FUNCTION(name, Args) void name(const Args&, int64_t begin, int64_t end);
 LMFUSE_KERNELS(LMFUSE_FUNCTION)
 #undef LMFUSE_FUNCTION
-GemmFormat gemm_format(DType weight, int64_t m, int64_t k);
+GemmFormat gemm_format(DType weight, int64_t m);
 WoqPlan woq_plan(const WoqFormat&, WoqCompute, int64_t m, int64_t weights);
 int64_t attention_scratch(const AttentionArgs&);
 

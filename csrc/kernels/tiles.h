@@ -7,6 +7,7 @@
 //   tiles.zero<0>();
 //   tiles.load<4>(a, stride);        rows of 64 bytes, stride bytes apart, any alignment
 //   tiles.load<6>(b, stride);
+//   tiles.load_past<4>(a, stride);   the same, leaving the first-level cache to others
 //   tiles.dot_bf16<0, 4, 6>();       tile 0 += tile 4 * tile 6, see below
 //   tiles.store<0>(c, stride);
 //
@@ -42,6 +43,10 @@ class Tiles {
   void load(const void* p, int64_t stride) {
     for (int r = 0; r < rows(t); ++r)
       __builtin_memcpy(data_[t][r], static_cast<const char*>(p) + r * stride, kTileBytes);
+  }
+  template <int t>
+  void load_past(const void* p, int64_t stride) {
+    load<t>(p, stride);
   }
   template <int t>
   void store(void* p, int64_t stride) {
@@ -125,6 +130,10 @@ class Tiles {
   template <int t>
   LMFUSE_INLINE void load(const void* p, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(t) : "memory");
+  }
+  template <int t>
+  LMFUSE_INLINE void load_past(const void* p, int64_t stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(t) : "memory");
   }
   template <int t>
   LMFUSE_INLINE void store(void* p, int64_t stride) {

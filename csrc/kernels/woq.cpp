@@ -33,7 +33,7 @@ LMFUSE_INLINE void add_block(const WoqArgs& a, const TileRows& rows, const Step&
   with_flag(raised || a.format.zero == WoqZero::zero, [&](auto zero) {
     with_flag(a.format.zero == WoqZero::offset, [&](auto offset) {
       for (int64_t t = 0; t < rows.count; ++t) {
-        const int64_t at = (t < rows.split ? t : t + rows.gap) * kPanel, row = s.row + t;
+        const int64_t at = rows.at(t) * kPanel, row = s.row + t;
         const float x_sum = a.sums[row * blocks + s.index], x_factor = x_scale(row);
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
@@ -113,6 +113,8 @@ struct Int8 {
   }
 };
 
+constexpr int64_t kPanelGroup = 8;  // panels whose accumulators wait together
+
 template <class Family>
 void panels(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last) {
   using Tile = typename Family::Tile;
@@ -138,7 +140,8 @@ void panels(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last)
       }
   for (int64_t p = first; p < last; ++p)
     for (int64_t t = 0; t < rows.count; ++t)
-      finish(a, tile.rows(), sum(0, p, t), sum(weights - 1, p, t), rows.first(t), p);
+      finish(a, {tile.rows(), 0, tile.rows().count, rows.first(t), p}, sum(0, p, t),
+             sum(weights - 1, p, t));
 }
 
 template <class Family>

@@ -30,9 +30,9 @@ int64_t packed_bytes(DType type, int64_t n, int64_t k) {
 
 // The only way to the bytes of a packed weight: nothing that its length does not bear out.
 Packed open(const Tensor& t, const char* name) {
-  LMFUSE_CHECK(
-      t.is_cpu() && t.dim() == 1 && t.scalar_type() == ScalarType::Byte && t.is_contiguous(), name,
-      " must be a packed weight: a contiguous CPU tensor of bytes");
+  static const int32_t byte = aoti_torch_dtype_uint8();
+  LMFUSE_CHECK(t.is_cpu() && t.dim() == 1 && type_code(t) == byte && t.is_contiguous(), name,
+               " must be a packed weight: a contiguous CPU tensor of bytes");
   LMFUSE_CHECK_VALUE(t.numel() >= static_cast<int64_t>(sizeof(Header)), name,
                      " is not a weight that lmfuse packed: it has ", t.numel(), " bytes");
   Header h;
@@ -146,11 +146,11 @@ GemmArgs gemm_args(const Tensor& x, const Packed& w, std::optional<Tensor>& bias
 void run(Tensor x, GemmArgs* products, int64_t count) {
   const GemmArgs& first = products[0];
   // fp32 rows over a bf16 weight are rounded to bf16 first, on every level alike.
-  if (first.weight_type == DType::bf16 && x.scalar_type() != ScalarType::BFloat16)
+  if (first.weight_type == DType::bf16 && dtype(x, "x") != DType::bf16)
     x = torch::stable::to(x, ScalarType::BFloat16);
-  const GemmFormat format = kernels().gemm_format(first.weight_type, first.m, first.k);
+  const GemmFormat format = kernels().gemm_format(first.weight_type, first.m);
   const Rows2d rows = rows_of(x, format, first.m, first.k);
-  const int64_t each = format.scratch_rows * kPanel * kPanelGroup * (first.weight2 ? 2 : 1);
+  const int64_t each = format.scratch_rows * kPanel * (first.weight2 ? 2 : 1);
   std::optional<Tensor> scratch;
   float* scratch_data = nullptr;
   if (each) {

@@ -341,6 +341,8 @@ def test_refusals(recwarn: pytest.WarningsRecorder) -> None:
     quantized.hf_quantizer = object()
     with pytest.raises(ValueError, match="dtype must be None: model is quantized"):
         lmfuse.optimize(quantized, dtype=torch.bfloat16)
+    quantized.quantization_method = "gguf"  # transformers has expanded such weights
+    assert lmfuse.optimize(quantized, dtype=torch.bfloat16).dtype is torch.bfloat16
     assert not recwarn.list
     with pytest.warns(UserWarning, match="found nothing to replace in Identity") as warned:
         lmfuse.optimize(nn.Identity().eval())

@@ -177,7 +177,7 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
         )
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"dtype is {dtype}, but must be float32, bfloat16 or float16")
-    if dtype is not None and getattr(model, "hf_quantizer", None) is not None:
+    if dtype is not None and _is_quantized(model):
         raise ValueError("dtype must be None: model is quantized, and casting would break it")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
@@ -189,6 +189,14 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
             raise TypeError(
                 f"parameter {name} is {parameter.dtype}, but must be float32, bfloat16 or float16"
             )
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    """Whether weights are held in another form than plain; those of a GGUF file are expanded."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return False
+    method = getattr(model, "quantization_method", None)
+    return getattr(method, "value", method) != "gguf"
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

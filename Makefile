@@ -20,7 +20,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check install $(if $(MAKE_TER
 
 BUILD := torch numpy scikit-build-core cmake ninja
 DEMO  := transformers gguf accelerate rich typer
-TEST  := pytest hypothesis
+TEST  := pytest hypothesis matplotlib
 LINT  := ruff mypy clang-format import-linter
 CSRC  := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import lmfuse
-from lmfuse.bench import STEMS, Case, cases
+from lmfuse.bench import STEMS, Case, cases, plot
 from lmfuse.bench.case import MismatchError
 from lmfuse.bench.limits import Limits
 from lmfuse.bench.machine import describe
@@ -36,6 +36,12 @@ def bench(
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", help="Also draw the ops and the limits, as PNG or SVG."
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="How many threads; as torch chooses by default.")
@@ -62,6 +68,11 @@ def bench(
     chosen = _chosen([stem for stem in stems if stem != "model"], kind)
     if json_file is not None and not json_file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
+    if plot_file is not None:
+        try:
+            plot.check(plot_file)
+        except (ValueError, ImportError) as error:
+            raise typer.BadParameter(str(error), param_hint="--plot") from None
     if isa is not None:
         try:
             lmfuse.set_isa(isa)
@@ -74,6 +85,8 @@ def bench(
     if chosen:
         limits, results, mismatches = _run(chosen)
         console().print(_table(limits, results))
+        if plot_file is not None and results:
+            plot.plot(plot_file, limits, results)
         found |= {"limits": asdict(limits), "results": [asdict(r) for r in results]}
     if names:
         found["models"] = _bench_model.run(names, dtype, compiled)

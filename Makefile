@@ -22,11 +22,12 @@ BUILD := torch numpy scikit-build-core cmake ninja
 DEMO  := transformers gguf accelerate rich typer
 TEST  := pytest hypothesis matplotlib
 LINT  := ruff mypy clang-format import-linter
+DOCS  := mkdocs mkdocs-material mkdocstrings mkdocstrings-python
 CSRC  := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench wheel asan clean
+.PHONY: help demo test lint format docs bench wheel asan clean
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
@@ -49,6 +50,10 @@ format: $(BIN)/.lint ## lay out Python and C++ as `make lint` wants them
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
+
+docs: $(BIN)/.docs ## build the documentation into build/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+	@echo build/docs/index.html
 
 bench: $(BIN)/.demo $(BIN)/.lmfuse ## time the ops against stock torch and this machine's limits
 	$(BIN)/python -m lmfuse bench $(OPS) $(ARGS)
@@ -92,6 +97,10 @@ $(BIN)/.test: $(BIN)/.demo
 
 $(BIN)/.lint: $(BIN)/.test
 	@$(PIP) $(LINT)
+	@touch $@
+
+$(BIN)/.docs: $(BIN)/.tools
+	@$(PIP) $(DOCS)
 	@touch $@
 
 $(BIN)/.lmfuse: $(BIN)/.tools CMakeLists.txt pyproject.toml $(CSRC)

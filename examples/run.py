@@ -30,7 +30,7 @@ import modeling_gptj
 import modeling_llama
 import modeling_opt
 from lmfuse._auto_kernel_selection import _disable_tpp, _enable_tpp
-from lmfuse.bench.limits import Limits, measure
+from lmfuse.bench.limits import Limits, measure, recycle_memory
 from lmfuse.bench.model import ModelCase, Work, work
 from lmfuse.cli._load import Dtype, LoadError, load, most_positions, set_machine, status
 
@@ -132,6 +132,7 @@ def main(
         least = replace(least, weights=least.weights * woq.bits // (8 * model.dtype.itemsize))
     if not stock:
         model = optimized(model, dtype, woq, group_size)
+    recycle_memory(True)  # after loading: weights want fresh pages, large ones
     beams = 1 if greedy else 4
     options = {
         "max_new_tokens": max_new_tokens,

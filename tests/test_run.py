@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = Limits(lmfuse.isa(), 2, read=10.0, copy=10.0, fp32=100.0, bf16=100.0, int8=100.0)
     monkeypatch.setattr(script, "measure", lambda: limits)
+    monkeypatch.setattr(script, "recycle_memory", lambda on: None)  # it would outlive the test
 
 
 def call(*words: str) -> Result:

@@ -40,7 +40,7 @@ HEAD = {"head_dim": 16}
 RMS, OFFSET, LAYER_NORM = "rms_norm", "rms_norm (weight + 1)", "layer_norm"
 SILU, GELU_TANH = "silu_mul", "gelu_mul (tanh)"
 HALF, GLM, COHERE = "rope (half)", "rope (interleaved)", "rope (interleaved, doubled table)"
-GPTJ_ROPE = "rope (interleaved, GPT-J)"
+ATTENTION = "attention"
 
 
 def _counts(norm: str, norms: int, *others: str) -> dict[str, int]:
@@ -70,8 +70,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "phi": ({}, _counts(LAYER_NORM, 1, HALF)),
     "glm": (HEAD, _counts(RMS, 2, SILU, GLM)),
     "cohere": ({}, _counts(LAYER_NORM, 1, SILU, COHERE)),
-    "gptj": (GPTJ, _counts(LAYER_NORM, 1, GPTJ_ROPE)),
-    "codegen": (GPTJ, _counts(LAYER_NORM, 1, GPTJ_ROPE)),
+    "gptj": (GPTJ, _counts(LAYER_NORM, 1, ATTENTION)),
+    "codegen": (GPTJ, _counts(LAYER_NORM, 1, ATTENTION)),
     "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, _counts(LAYER_NORM, 2)),
     "gpt2": ({"n_embd": 64, "n_layer": LAYERS, "n_head": 4}, _counts(LAYER_NORM, 2)),
 }

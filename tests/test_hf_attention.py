@@ -376,8 +376,9 @@ def test_attention_weights_come_from_eager_attention() -> None:
 
 
 def test_models_without_the_interface_keep_their_attention() -> None:
-    config = transformers.GPTJConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, vocab_size=128)
-    model: Any = transformers.GPTJForCausalLM(config).eval()
+    sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
+    config = transformers.GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]])
+    model: Any = transformers.GPTNeoForCausalLM(config).eval()
     fused = lmfuse.optimize(model)
     assert "AttentionInterface" in hf.report(fused).stock["attention"]
     assert fused.config._attn_implementation == model.config._attn_implementation

@@ -150,13 +150,14 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         window: int | None,
         softcap: float,
         sinks: Tensor | None,
+        alibi: Tensor | None = None,
     ) -> Tensor | None:
         """Causal attention of the last tokens over what `update` made visible, where it lies.
 
         Args:
             query: [batch, tokens, heads, dim].
             mask: [batch, visible] bool (True: seen), or None.
-            scale, softcap, sinks: as in `functional.attention`.
+            scale, softcap, sinks, alibi: as in `functional.attention`.
             window: how many positions a query sees, its own included; None for all.
 
         Returns:
@@ -180,7 +181,7 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             scale,
             True,
             tables,
-            None,
+            alibi,
             window_size_left=-1 if window is None else window - 1,
             softcap=softcap,
             sinks=sinks,

@@ -115,6 +115,7 @@ def attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    alibi: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers; see `lmfuse.functional.attention` for the formula.
@@ -127,6 +128,7 @@ def attention(
             added to the scores.
         dropout: must be 0.
         position_bias: added to the scores, as in T5.
+        alibi: slopes, as in `lmfuse.functional.attention`.
         kwargs: cu_seq_lens_q, cu_seq_lens_k: cumulative lengths of sequences packed into one row.
             output_attentions: the model's own eager attention answers, which has the weights.
 
@@ -147,12 +149,14 @@ def attention(
     window = sliding_window if causal and not whole else None
     if kwargs.get("output_attentions"):
         options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
+        options |= {} if alibi is None else {"alibi": alibi}
         seen = _dense(attention_mask, query, key, causal, window)
         return _eager(module, query, key, value, seen, position_bias, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     cap = softcap or 0.0
     if isinstance(key, Cached) and causal and not whole and position_bias is None:
-        out = key.layer.attend(query.transpose(1, 2), attention_mask, scale, window, cap, s_aux)
+        rows = query.transpose(1, 2)
+        out = key.layer.attend(rows, attention_mask, scale, window, cap, s_aux, alibi)
         if out is not None:
             return out, None
     if attention_mask is not None and not whole:
@@ -165,6 +169,7 @@ def attention(
         "window": (-1 if window is None else window - 1, -1),
         "softcap": cap,
         "sinks": s_aux,
+        "alibi": alibi,
     }
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")

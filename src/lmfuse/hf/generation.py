@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from lmfuse.generation.cache import Cache, Layer
-from lmfuse.hf import attention, swap
+from lmfuse.hf import attention, attention_modules, swap
 
 _STATE = "_lmfuse_attention"
 
@@ -87,11 +87,11 @@ def join(model: nn.Module, done: swap.Report) -> None:
         if reason is not None:
             done.stock[where] = reason
             continue
-        before = {n: m.config._attn_implementation for n, m in _models(root)}
-        if set(before.values()) == {attention.NAME}:
+        if where in done.replaced:
             continue
+        before = {n: m.config._attn_implementation for n, m in _models(root)}
         vars(root)[_STATE] = before
-        root.set_attn_implementation(attention.NAME)
+        attention_modules.choose(root, attention.NAME)
         done.replaced[where] = "attention"
         if isinstance(root, GenerationMixin) and root.can_generate():
             swap.put(root, swap.Swap(swap.subclass(FusedGeneration, type(root)), "generate"))
@@ -125,9 +125,12 @@ def _models(root: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
 
 def _against(root: PreTrainedModel) -> str | None:
     """Why `root` keeps its attention, or None."""
-    if not root._can_set_attn_implementation():
+    ours = attention_modules.covers(root)
+    if not (ours or root._can_set_attn_implementation()):
         return "its attention does not go through transformers' AttentionInterface"
-    if not (root._supports_attention_backend or root._supports_sdpa or root._supports_flash_attn):
+    if not (
+        ours or root._supports_attention_backend or root._supports_sdpa or root._supports_flash_attn
+    ):
         return "it declares support for no attention but its own"
     if any(m.config.output_attentions for _, m in _models(root)):
         return "config.output_attentions asks for attention weights, which lmfuse never stores"

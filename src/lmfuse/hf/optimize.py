@@ -6,6 +6,7 @@ import copy
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -16,8 +17,10 @@ from lmfuse.hf import activation, linear, norm, rope, swap
 from lmfuse.modules.pack import unpack_model
 
 Model = TypeVar("Model", bound=nn.Module)
+# The swap for a module of a model, found under a name; why there is none; or None.
+Pass = Callable[[nn.Module, str, nn.Module], swap.Swap | str | None]
 
-_PASSES = (norm.plan, activation.plan, rope.plan)
+_PASSES: tuple[Pass, ...] = (norm.plan, activation.plan, rope.plan)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _REPORT = "_lmfuse_report"
 
@@ -140,15 +143,23 @@ def _joints() -> ModuleType | None:
     return generation
 
 
+def _passes() -> tuple[Pass, ...]:
+    if "transformers" not in sys.modules:
+        return _PASSES
+    from lmfuse.hf import attention_modules
+
+    return (attention_modules.plan, *_PASSES)
+
+
 def _swap_all(model: nn.Module) -> swap.Report:
     """Plans for the whole model, then swaps."""
-    done = copy.deepcopy(report(model))
+    done, passes = copy.deepcopy(report(model)), _passes()
     swaps: list[tuple[nn.Module, swap.Swap]] = []
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, swap.Fused):
                 continue
-            for plan in _PASSES:
+            for plan in passes:
                 found = plan(model, name, module)
                 if isinstance(found, swap.Swap):
                     swaps.append((module, found))

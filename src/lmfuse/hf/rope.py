@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
 
@@ -20,9 +20,8 @@ from lmfuse import functional
 from lmfuse.hf import swap
 
 _CALLED = "apply_rotary_pos_emb"
-# The parameters of the two sorts of that function: Llama's and most others', GPT-J's.
-_PAIR = ["q", "k", "cos", "sin", "unsqueeze_dim"]
-_SINGLE = ["tensor", "sin", "cos"]
+# Its parameters, in Llama and most others.
+_PARAMETERS = ["q", "k", "cos", "sin", "unsqueeze_dim"]
 
 
 class FusedRope(swap.Fused):
@@ -36,8 +35,11 @@ class FusedRope(swap.Fused):
         cls.forward = forward
 
 
-def _pair(rotary_half: bool, columns: slice) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Our Llama-like `apply_rotary_pos_emb`; `columns` of a table are its distinct ones."""
+def _pair(
+    rotary_half: bool, columns: slice = slice(None), times: int = 1
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Our `apply_rotary_pos_emb`; `columns` of a table are its distinct ones, and so many `times`
+    its width is rotated."""
 
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
@@ -48,7 +50,7 @@ def _pair(rotary_half: bool, columns: slice) -> Callable[..., tuple[Tensor, Tens
             k.to(wide),
             sin[..., columns],
             cos[..., columns],
-            cos.shape[-1],
+            times * cos.shape[-1],
             rotary_half,
             heads_first=unsqueeze_dim == 1,
         )
@@ -56,17 +58,11 @@ def _pair(rotary_half: bool, columns: slice) -> Callable[..., tuple[Tensor, Tens
     return apply_rotary_pos_emb
 
 
-def _single(tensor: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Our `apply_rotary_pos_emb` of GPT-J and CodeGen; tensor is [batch, seq, heads, dim]."""
-    tensor = tensor.to(torch.promote_types(tensor.dtype, cos.dtype))
-    return functional.rotate(tensor, sin, cos, 2 * cos.shape[-1], False)
-
-
 _FORMS: dict[str, Callable[..., Any]] = {
-    "rope (half)": _pair(True, slice(None)),
-    "rope (interleaved)": _pair(False, slice(None)),
+    "rope (half)": _pair(True),
+    "rope (half, single table)": _pair(True, times=2),
+    "rope (interleaved)": _pair(False),
     "rope (interleaved, doubled table)": _pair(False, slice(None, None, 2)),
-    "rope (interleaved, GPT-J)": _single,
 }
 
 
@@ -80,30 +76,32 @@ def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | No
     stock = inner.__globals__.get(_CALLED)
     if not callable(stock) or _rebound(type(module).forward, stock) is None:
         return f"its forward is wrapped in a way that hides the call of {_CALLED}"
-    probes = list(_probes(model, name, list(inspect.signature(stock).parameters)))
-    if not probes:
-        return "its RoPE has other arguments than Llama's or GPT-J's, or no table was found"
+    tables = _tables(model, name)
+    if list(inspect.signature(stock).parameters) != _PARAMETERS or not tables:
+        return "its RoPE has other arguments than Llama's, or no table was found"
+    probes = _probes(tables, 1)
     try:
         expected = [stock(*a) for a in probes]
-    except Exception as error:  # it is foreign code
-        return f"its RoPE refused a test input: {error}"
+    except Exception:  # it is foreign code; perhaps its tables hold each angle once
+        probes = _probes(tables, 2)
+        try:
+            expected = [stock(*a) for a in probes]
+        except Exception as error:
+            return f"its RoPE refused a test input: {error}"
     for form, ours in _FORMS.items():
         if all(swap.agrees(e, ours, *a) for e, a in zip(expected, probes, strict=True)):
             return swap.Swap(swap.subclass(FusedRope, type(module), fused_form=form), form)
     return "its RoPE is neither the half nor the interleaved one"
 
 
-def _probes(model: nn.Module, name: str, parameters: list[str]) -> Iterator[tuple[Tensor, ...]]:
-    """Arguments to try both functions on: random heads, and the tables that the model makes."""
-    random = swap.generator()
-    if parameters == _SINGLE:
-        angle = swap.random(random, 2, 6, 4)
-        yield swap.random(random, 2, 6, 3, 8), angle.sin(), angle.cos()
-    elif parameters == _PAIR:
-        for cos, sin in _tables(model, name):
-            batch, seq, width = cos.shape
-            query, key = (swap.random(random, batch, heads, seq, width) for heads in (3, 2))
-            yield query, key, cos, sin
+def _probes(tables: list[tuple[Tensor, Tensor]], times: int) -> list[tuple[Tensor, ...]]:
+    """Arguments to try both functions on: random heads, so many times as wide as the tables."""
+    random, found = swap.generator(), []
+    for cos, sin in tables:
+        batch, seq, width = cos.shape
+        query, key = (swap.random(random, batch, heads, seq, times * width) for heads in (3, 2))
+        found.append((query, key, cos, sin))
+    return found
 
 
 def _tables(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:

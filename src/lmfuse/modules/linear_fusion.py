@@ -28,6 +28,13 @@ def fusable(linear: nn.Module) -> bool:
     )
 
 
+def fused_linear(linear: Any, x: Tensor, post: str, *operands: Tensor) -> Tensor:
+    """post(linear(x), *operands) of `functional.linear`, in one kernel where `linear` is packed."""
+    if fusable(linear):
+        return functional.linear(x, linear.weight, linear.bias, post, *operands)
+    return UNFUSED[post](linear(x), *operands)
+
+
 def joinable(a: nn.Module, b: nn.Module) -> bool:
     """Whether two layers over one input can run in one walk over their weights."""
     return fusable(a) and fusable(b) and alike(a.weight, b.weight)  # type: ignore[arg-type]
@@ -47,10 +54,7 @@ class _LinearPost(nn.Module):
         self.linear = _checked("linear", linear)
 
     def _run(self, x: Tensor, *operands: Tensor) -> Tensor:
-        linear: Any = self.linear
-        if fusable(linear):
-            return functional.linear(x, linear.weight, linear.bias, self.post, *operands)
-        return UNFUSED[self.post](linear(x), *operands)
+        return fused_linear(self.linear, x, self.post, *operands)
 
 
 class _Unary(_LinearPost):

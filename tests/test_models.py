@@ -33,7 +33,7 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window
 MPT = {"d_model": 32, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64}
 RMS, OFFSET, LN = "rms_norm", "rms_norm (weight + 1)", "layer_norm"
 SILU, TANH, HALF = "silu_mul", "gelu_mul (tanh)", "rope (half)"
-ATTENTION = "attention"
+ATTENTION, GELU_MLP, TANH_MLP = "attention", "linear + gelu", "linear + gelu_tanh"
 
 # name: (family, config, norms in each layer and their kind, what else each layer has fused)
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, str], set[str]]] = {
@@ -41,7 +41,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, str], set[str]]] = {
     "mistral": ("mistral", {"sliding_window": 6}, (2, RMS), {SILU, HALF}),
     "qwen2": ("qwen2", {}, (2, RMS), {SILU, HALF}),
     "qwen3": ("qwen3", HEAD, (4, RMS), {SILU, HALF}),
-    "phi": ("phi", {}, (1, LN), {HALF}),
+    "phi": ("phi", {}, (1, LN), {TANH_MLP, HALF}),
     "phi3": ("phi3", {}, (2, RMS), {SILU, HALF}),
     "gemma": ("gemma", HEAD, (2, OFFSET), {TANH, HALF}),
     "gemma2": ("gemma2", {**HEAD, **MIXED}, (4, OFFSET), {TANH, HALF}),
@@ -49,28 +49,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, str], set[str]]] = {
     "granite": ("granite", {"attention_multiplier": 0.3}, (2, RMS), {SILU, HALF}),
     "stablelm": ("stablelm", {}, (2, LN), {SILU, HALF}),
     "olmo2": ("olmo2", {}, (4, RMS), {SILU, HALF}),
-    "starcoder2": ("starcoder2", {}, (2, LN), {HALF}),
-    "gpt_neox": ("gpt_neox", {}, (2, LN), {HALF}),
-    "gptj": ("gptj", {**GPT, "rotary_dim": 4}, (1, LN), {ATTENTION}),
+    "starcoder2": ("starcoder2", {}, (2, LN), {TANH_MLP, HALF}),
+    "gpt_neox": ("gpt_neox", {}, (2, LN), {GELU_MLP, HALF}),
+    "gptj": ("gptj", {**GPT, "rotary_dim": 4}, (1, LN), {TANH_MLP, ATTENTION}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, (2, LN), set()),
-    "gpt2": ("gpt2", GPT, (2, LN), set()),
-    "gpt_bigcode": ("gpt_bigcode", GPT, (2, LN), set()),
-    "codegen": ("codegen", {**GPT, "rotary_dim": 4}, (1, LN), {ATTENTION}),
-    "falcon": ("falcon", {"num_kv_heads": None}, (1, LN), {ATTENTION}),
+    "gpt2": ("gpt2", GPT, (2, LN), {TANH_MLP}),
+    "gpt_bigcode": ("gpt_bigcode", GPT, (2, LN), {TANH_MLP}),
+    "codegen": ("codegen", {**GPT, "rotary_dim": 4}, (1, LN), {TANH_MLP, ATTENTION}),
+    "falcon": ("falcon", {"num_kv_heads": None}, (1, LN), {GELU_MLP, ATTENTION}),
     "falcon new": (
         "falcon",
         {"new_decoder_architecture": True, "num_kv_heads": 2},
         (2, LN),
-        {ATTENTION},
+        {GELU_MLP, ATTENTION},
     ),
     "falcon alibi": (
         "falcon",
         {"alibi": True, "multi_query": False, "parallel_attn": False, "num_kv_heads": None},
         (2, LN),
-        {ATTENTION},
+        {GELU_MLP, ATTENTION},
     ),
-    "bloom": ("bloom", {"n_layer": LAYERS, "n_head": 4}, (2, LN), {ATTENTION}),
-    "mpt": ("mpt", {**MPT, "n_heads": 6, "d_model": 48}, (2, LN), {ATTENTION}),
+    "bloom": ("bloom", {"n_layer": LAYERS, "n_head": 4}, (2, LN), {TANH_MLP, ATTENTION}),
+    "mpt": ("mpt", {**MPT, "n_heads": 6, "d_model": 48}, (2, LN), {GELU_MLP, ATTENTION}),
     "cohere": ("cohere", {}, (1, LN), {SILU, "rope (interleaved, doubled table)"}),
     "mixtral": ("mixtral", {"num_local_experts": 4}, (2, RMS), {HALF}),
     "qwen3_moe": (

@@ -96,7 +96,8 @@ def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | No
 
 def _probes(tables: list[tuple[Tensor, Tensor]], times: int) -> list[tuple[Tensor, ...]]:
     """Arguments to try both functions on: random heads, so many times as wide as the tables."""
-    random, found = swap.generator(), []
+    random = swap.generator()
+    found: list[tuple[Tensor, ...]] = []
     for cos, sin in tables:
         batch, seq, width = cos.shape
         query, key = (swap.random(random, batch, heads, seq, times * width) for heads in (3, 2))

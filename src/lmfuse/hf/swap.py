@@ -91,11 +91,16 @@ def give_back(model: nn.Module) -> None:
 
 def takes_one_input(module: nn.Module) -> bool:
     """Whether the forward of `module` has exactly one parameter, and is that of its class."""
+    return inputs(module) == 1
+
+
+def inputs(module: nn.Module) -> int:
+    """How many parameters the forward of `module` has; 0 if it is not that of its class."""
     try:
         parameters = inspect.signature(type(module).forward).parameters
     except (TypeError, ValueError):
-        return False
-    return len(parameters) == 2 and "forward" not in vars(module)
+        return 0
+    return 0 if "forward" in vars(module) else len(parameters) - 1
 
 
 def random(generator: torch.Generator, *shape: int) -> Tensor:

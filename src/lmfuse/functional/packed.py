@@ -51,7 +51,7 @@ class PackedWeight(Tensor):
         cls, packed: Tensor, n: int, k: int, dtype: torch.dtype, packed_dtype: torch.dtype
     ) -> PackedWeight:
         return Tensor._make_wrapper_subclass(
-            cls, (n, k), dtype=dtype, device=packed.device, storage_size=0
+            cls, cls._shape(packed, n, k), dtype=dtype, device=packed.device, storage_size=0
         )
 
     def __init__(
@@ -72,15 +72,33 @@ class PackedWeight(Tensor):
             plain = self._seen[0]()
             if plain is not None and (_version(plain), _version(self.packed)) == self._seen[1:]:
                 return plain
-        plain = _unpacked(self)
+        plain = self._plain()
         self._seen = (weakref.ref(plain), _version(plain), _version(self.packed))
         return plain
+
+    @staticmethod
+    def _shape(packed: Tensor, n: int, k: int) -> tuple[int, ...]:
+        """What its owner sees of it."""
+        return n, k
+
+    def _matrix(self, plain: Tensor) -> Tensor:
+        """A tensor of the shape that the owner sees, as what is packed."""
+        return plain
+
+    def _plain(self) -> Tensor:
+        """What is packed, as a tensor of the shape that the owner sees."""
+        return _unpacked(self.packed, self)
 
     def _meta(self) -> tuple[int, int, torch.dtype, torch.dtype]:
         return self.out_features, self.in_features, self.public_dtype, self.packed_dtype
 
     def _with(self, packed: Tensor) -> PackedWeight:
-        return PackedWeight(packed, *self._meta())
+        return type(self)(packed, *self._meta())
+
+    @classmethod
+    def _of(cls, plain: Tensor, rounded: bool = False) -> PackedWeight:
+        """`plain`, of the shape that the owner sees, packed in the same way."""
+        return pack_linear(plain, rounded)
 
     @property
     def rounded(self) -> bool:
@@ -101,16 +119,17 @@ class PackedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickled as the plain weight: what a file of another version says about packed bytes is
         # nothing to build on.
-        return _packed_again, (self.unpack(), getattr(self, "_is_param", False), self.rounded)
+        plain, is_parameter = self.unpack(), getattr(self, "_is_param", False)
+        return _packed_again, (plain, is_parameter, self.rounded, type(self))
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return ["packed"], self._meta()
 
-    @staticmethod
+    @classmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], meta: tuple[Any, ...], size: Any, stride: Any
+        cls, inner: dict[str, Tensor], meta: tuple[Any, ...], size: Any, stride: Any
     ) -> PackedWeight:
-        return PackedWeight(inner["packed"], *meta)
+        return cls(inner["packed"], *meta)
 
     @classmethod
     def __torch_function__(
@@ -135,7 +154,25 @@ class PackedWeight(Tensor):
         return _through_plain(func, args, kwargs)
 
 
-def pack_linear(weight: Tensor, rounded: bool = False) -> PackedWeight:
+class PackedTransposed(PackedWeight):
+    """As `PackedWeight`, but its owner sees [k, n], as in transformers' Conv1D."""
+
+    @staticmethod
+    def _shape(packed: Tensor, n: int, k: int) -> tuple[int, ...]:
+        return k, n
+
+    @classmethod
+    def _of(cls, plain: Tensor, rounded: bool = False) -> PackedWeight:
+        return pack_linear(plain, rounded, transposed=True)
+
+    def _matrix(self, plain: Tensor) -> Tensor:
+        return plain.t()
+
+    def _plain(self) -> Tensor:
+        return super()._plain().t().contiguous()
+
+
+def pack_linear(weight: Tensor, rounded: bool = False, transposed: bool = False) -> PackedWeight:
     """The weight of a linear layer, packed; `.unpack()` gives it back exactly.
 
     The layout depends on the dtype alone: not on the number of threads, nor on the instruction set.
@@ -144,6 +181,7 @@ def pack_linear(weight: Tensor, rounded: bool = False) -> PackedWeight:
         weight: [n, k], float32, bfloat16 or float16, of any strides and alignment.
         rounded: round a float32 weight to bfloat16. It still appears as float32 (with the rounded
             values), and so do inputs and results of its layer, but it computes as bfloat16 does.
+        transposed: the weight is [k, n], and stays so to its owner.
 
     Raises:
         TypeError, ValueError: a weight that cannot be packed; see the text of the error.
@@ -157,13 +195,13 @@ def pack_linear(weight: Tensor, rounded: bool = False) -> PackedWeight:
         raise ValueError("weight is on meta, without data: load the model before it is packed")
     if rounded and weight.dtype is not torch.float32:
         raise TypeError(f"rounded is for a float32 weight, but weight is {weight.dtype}")
-    n, k = weight.shape
     if isinstance(weight, PackedWeight):
         weight = weight.unpack()
     plain = weight.detach()
-    with torch.no_grad():
-        packed = call(_pack, plain.bfloat16() if rounded else plain)
-    return PackedWeight(packed, n, k, plain.dtype, torch.bfloat16 if rounded else plain.dtype)
+    n, k = reversed(plain.shape) if transposed else plain.shape
+    packed = _pack_bytes(plain.t() if transposed else plain, rounded)
+    made = PackedTransposed if transposed else PackedWeight
+    return made(packed, n, k, plain.dtype, torch.bfloat16 if rounded else plain.dtype)
 
 
 def weight_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
@@ -203,12 +241,15 @@ def _check_packed(name: str, weight: object) -> None:
         raise TypeError(f"{name} is {type(weight).__name__}, but must come from pack_linear")
 
 
-def _unpacked(weight: PackedWeight) -> Tensor:
+def _pack_bytes(matrix: Tensor, rounded: bool) -> Tensor:
     with torch.no_grad():
-        plain = call(
-            _unpack, weight.packed, weight.out_features, weight.in_features, weight.packed_dtype
-        )
-    return cast(Tensor, plain).to(weight.public_dtype)
+        return cast(Tensor, call(_pack, matrix.bfloat16() if rounded else matrix))
+
+
+def _unpacked(packed: Tensor, like: PackedWeight) -> Tensor:
+    n, k, dtype, packed_dtype = like._meta()
+    with torch.no_grad():
+        return cast(Tensor, call(_unpack, packed, n, k, packed_dtype)).to(dtype)
 
 
 def _version(tensor: Tensor) -> int:
@@ -216,8 +257,10 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _packed_again(plain: Tensor, is_parameter: bool, rounded: bool) -> PackedWeight:
-    weight = pack_linear(plain, rounded)
+def _packed_again(
+    plain: Tensor, is_parameter: bool, rounded: bool, kind: type[PackedWeight] = PackedWeight
+) -> PackedWeight:
+    weight = kind._of(plain, rounded)
     if is_parameter:
         return cast(PackedWeight, torch.nn.Parameter(weight, requires_grad=False))
     return weight
@@ -238,14 +281,13 @@ def _through_plain(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
     for name in writes:
         if isinstance(values.get(name), PackedWeight):
-            written.append((values[name], _unpacked(values[name])))
+            written.append((values[name], values[name]._plain()))
     args, kwargs = tree_map_only(PackedWeight, plain, (args, kwargs))
     result = func(*args, **kwargs)
     for weight, unpacked in written:
         if unpacked.shape != weight.shape:
             raise RuntimeError(f"{func} would give a packed weight another shape")
-        rounded = weight.rounded
-        weight.packed.copy_(call(_pack, unpacked.bfloat16() if rounded else unpacked))
+        weight.packed.copy_(_pack_bytes(weight._matrix(unpacked), weight.rounded))
         if not weight.packed.is_inference():
             increment_version(weight.packed)  # what is written below the dispatcher does not count
         if result is unpacked:
@@ -259,14 +301,14 @@ def _to_copy(weight: PackedWeight, **kwargs: Any) -> Any:
     if dtype is weight.public_dtype and device.type in ("cpu", "meta"):
         return weight._with(weight.packed.to(device, copy=True))
     if dtype in _check.FLOATS and device.type == weight.device.type == "cpu":
-        return pack_linear(_unpacked(weight).to(dtype))
+        return weight._of(weight._plain().to(dtype))
     return NotImplemented
 
 
 def _embedding(
     input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
 ) -> Tensor:
-    if not isinstance(weight, PackedWeight) or max_norm is not None:
+    if type(weight) is not PackedWeight or max_norm is not None:
         raise NotImplementedError("max_norm would change the packed weight: lmfuse.restore it")
     return weight_rows(weight, input)
 
@@ -274,14 +316,14 @@ def _embedding(
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     from lmfuse.functional.linear import linear
 
-    if not isinstance(weight, PackedWeight):
+    if type(weight) is not PackedWeight:
         raise TypeError("input and bias of a linear layer cannot be packed weights")
     return linear(input, weight, bias)
 
 
 def _set_data(weight: PackedWeight, value: Tensor) -> None:
     """`weight.data = value`: foreign code, and Module.to with a dtype that cannot be packed."""
-    new = value if isinstance(value, PackedWeight) else pack_linear(value)
+    new = value if isinstance(value, PackedWeight) else weight._of(value)
     if new.shape != weight.shape:
         raise ValueError(
             f"data has shape {tuple(new.shape)}, but the packed weight has {tuple(weight.shape)}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmfuse import functional
 from lmfuse.functional import PackedWeight
+from lmfuse.functional.packed import PackedTransposed
 
 
 class Packed(nn.Module):
@@ -28,10 +29,12 @@ class Packed(nn.Module):
         # pickle finds a class by its name, but some of ours are made on the fly.
         return _new, (type(self).packed_stock,), self.__dict__
 
+    transposed = False  # the weight is [in_features, out_features]
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch, but packs a `weight`."""
         if name == "weight" and param is not None and packable(param):
-            param = pack_parameter(param)
+            param = pack_parameter(param, transposed=self.transposed)
         super().register_parameter(name, param)
 
     def _save_to_state_dict(
@@ -83,6 +86,19 @@ class Linear(Packed, nn.Linear):
         return super().extra_repr() + packed
 
 
+class Transposed(Packed):
+    """transformers' Conv1D, a linear layer with a weight [in_features, out_features], packed."""
+
+    transposed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features]; see `lmfuse.functional.linear`."""
+        weight: Any = self.weight
+        if type(weight) is PackedTransposed:
+            return functional.linear(x, weight, self.bias)  # type: ignore[arg-type]
+        return super().forward(x)  # type: ignore[no-any-return]
+
+
 class Embedding(Packed, nn.Embedding):
     """nn.Embedding that reads its rows out of the packed weight of the layer it is tied to.
 
@@ -96,13 +112,16 @@ _made: dict[type[nn.Module], type[Packed]] = {}
 
 
 def packed_class(stock: type[nn.Module]) -> type[Packed]:
-    """The class of a packed module that was a `stock`, an nn.Linear or any sort of nn.Embedding."""
+    """The class of a packed module that was a `stock`: an nn.Linear, a class that computes as one,
+    any sort of nn.Embedding, or, as all the others, a Conv1D."""
     for known in (Linear, Embedding):
         if known.packed_stock is stock:
             return known
     if stock not in _made:
+        embeds = issubclass(stock, nn.Embedding)
+        mixin = Linear if issubclass(stock, nn.Linear) else Packed if embeds else Transposed
         attributes = {"__module__": Packed.__module__, "packed_stock": stock}
-        _made[stock] = type(f"Packed{stock.__name__}", (Packed, stock), attributes)
+        _made[stock] = type(f"Packed{stock.__name__}", (mixin, stock), attributes)
     return _made[stock]
 
 
@@ -123,6 +142,9 @@ def packable(parameter: Tensor) -> bool:
     )
 
 
-def pack_parameter(parameter: Tensor, rounded: bool = False) -> nn.Parameter:
+def pack_parameter(
+    parameter: Tensor, rounded: bool = False, transposed: bool = False
+) -> nn.Parameter:
     """The packed weight, as a parameter that does not train."""
-    return nn.Parameter(functional.pack_linear(parameter, rounded), requires_grad=False)
+    packed = functional.pack_linear(parameter, rounded, transposed)
+    return nn.Parameter(packed, requires_grad=False)

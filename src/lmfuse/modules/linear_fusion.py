@@ -16,14 +16,17 @@ from lmfuse import functional
 from lmfuse.functional import PackedWeight
 from lmfuse.functional.linear import UNFUSED
 from lmfuse.functional.packed import alike
-from lmfuse.modules.linear import Linear
+from lmfuse.modules.linear import Linear, Transposed
+
+# Those of packed layers that compute nothing else; siblings share their work already.
+_FORWARDS = (Linear.forward, Transposed.forward)
 
 
 def fusable(linear: nn.Module) -> bool:
     """Whether `linear` is a packed layer that nobody watches."""
     return (
-        type(linear) is Linear
-        and type(linear.weight) is PackedWeight
+        type(linear).forward in _FORWARDS
+        and isinstance(linear.weight, PackedWeight)
         and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
     )
 
@@ -136,7 +139,7 @@ class Linear2SiluMul(nn.Module):
 
 def silu_gate_up(x: Tensor, gate: Any, up: Any) -> Tensor:
     """silu(gate(x)) · up(x), in one sweep where both are packed alike."""
-    if joinable(gate, up) and gate.out_features == up.out_features:
+    if joinable(gate, up) and gate.weight.out_features == up.weight.out_features:
         return functional.linear_gate_up(x, gate.weight, up.weight, gate.bias, up.bias)
     return UNFUSED["silu_mul"](gate(x), up(x))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,10 @@ class Packing:
 
 
 def pack_model(
-    model: nn.Module, rounded: bool = False, keep: Callable[[Tensor], bool] | None = None
+    model: nn.Module,
+    rounded: bool = False,
+    keep: Callable[[Tensor], bool] | None = None,
+    alike: Container[type[nn.Module]] = (),
 ) -> Packing:
     """Makes each nn.Linear of `model` an `lmfuse.modules.Linear`, in place, layer by layer.
 
@@ -34,34 +37,38 @@ def pack_model(
     layer exists once more. Packing is as fast as the memory; a progress bar appears on a terminal
     after 2 s. A weight that several modules share is packed once and stays shared; where an
     embedding is among them, it reads its rows out of the packed weight. Modules keep their
-    identity, names, attributes and hooks: they only change their class. Only nn.Linear itself is
-    packed: what a subclass would do with its weight is not known.
+    identity, names, attributes and hooks: they only change their class. Of subclasses of nn.Linear
+    it is not known what they do with their weight: they stay as they are, unless `alike` has them.
 
     Args:
         model: any module. If packing fails half way, it is as before.
         rounded: compute float32 layers as bfloat16 (`lmfuse.functional.pack_linear`).
         keep: called with each weight that could be packed; True leaves it as it is.
+        alike: further classes of linear layers: subclasses of nn.Linear that compute what it does,
+            and such as transformers' Conv1D, which do so with the transposed weight.
 
     Returns:
         What was packed, and why the other linear layers were not.
     """
     done = Packing()
-    groups = _shared(model)
+    groups = _shared(model, alike)
     try:
         for owners in tqdm(groups, desc="packing", unit="layer", delay=2, disable=None):
             weight: Any = owners[0][1].weight
-            against = _reason_against(owners) or (
+            against = _reason_against(owners, alike) or (
                 "torch's kernel is faster" if keep is not None and keep(weight) else None
             )
             if against is None:
-                packed = pack_parameter(weight, rounded and weight.dtype is torch.float32)
-                for _, module, _ in owners:
-                    module.__class__ = packed_class(type(module))
+                kinds = [packed_class(type(module)) for _, module, _ in owners]
+                rounds = rounded and weight.dtype is torch.float32
+                packed = pack_parameter(weight, rounds, kinds[0].transposed)
+                for (_, module, _), kind in zip(owners, kinds, strict=True):
+                    module.__class__ = kind
                     module._parameters["weight"] = packed
             for name, module, _ in owners:
                 if against is None:
                     done.packed[name] = "packed" if len(owners) == 1 else "packed, tied"
-                elif isinstance(module, nn.Linear):
+                elif not isinstance(module, nn.Embedding):
                     done.stock[name] = against
             del weight
     except BaseException:
@@ -91,7 +98,7 @@ def _unpack(modules: Iterable[nn.Module]) -> None:
             module._parameters["weight"] = plain[id(weight)]
 
 
-def _shared(model: nn.Module) -> list[Owners]:
+def _shared(model: nn.Module, alike: Container[type[nn.Module]]) -> list[Owners]:
     """The owners of each weight of a linear layer that is not packed yet, a linear layer first; no
     reference to the weight itself, so that it can be freed."""
     groups: dict[int, Owners] = {}
@@ -99,21 +106,24 @@ def _shared(model: nn.Module) -> list[Owners]:
         for attribute, parameter in module._parameters.items():
             if parameter is not None and not isinstance(parameter, PackedWeight):
                 groups.setdefault(id(parameter), []).append((name, module, attribute))
-    ordered = (sorted(owners, key=lambda o: not _of_linear(o)) for owners in groups.values())
-    return [owners for owners in ordered if _of_linear(owners[0])]
+
+    def of_linear(owner: tuple[str, nn.Module, str]) -> bool:
+        _, module, attribute = owner
+        return attribute == "weight" and (isinstance(module, nn.Linear) or type(module) in alike)
+
+    ordered = (sorted(owners, key=lambda o: not of_linear(o)) for owners in groups.values())
+    return [owners for owners in ordered if of_linear(owners[0])]
 
 
-def _of_linear(owner: tuple[str, nn.Module, str]) -> bool:
-    return isinstance(owner[1], nn.Linear) and owner[2] == "weight"
-
-
-def _reason_against(owners: Owners) -> str | None:
+def _reason_against(owners: Owners, alike: Container[type[nn.Module]]) -> str | None:
     """Why the weight of these modules cannot be packed, or None."""
     weight: Any = owners[0][1].weight
     for name, module, attribute in owners:
-        if type(module) is nn.Linear and attribute == "weight":
+        if attribute == "weight" and (type(module) is nn.Linear or type(module) in alike):
             if "forward" in vars(module):
                 return f"the forward of {name} is replaced on the instance"
+            if not isinstance(module, nn.Linear) and len(owners) > 1:
+                return f"its weight is shared with {name}, a {type(module).__name__}"
         elif not (isinstance(module, nn.Embedding) and module.max_norm is None):
             kind = type(module).__name__
             if len(owners) == 1:

@@ -161,6 +161,19 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     ],
     "linear_gate_up": lambda: [(_x(), _packed(), _packed(), torch.randn(45), None, 45)],
     "linear_concat": lambda: [(_x(), [_packed(), _packed()], [torch.randn(45)], 1, 90)],
+    "experts": lambda: [
+        (
+            _x()[0],
+            torch.tensor([[0, 2], [2, 1], [1, 0], [0, 2], [2, 0]]),
+            torch.rand(5, 2),
+            F.pack_experts(torch.randn(3, 2 * 20, 36), 2).packed,
+            F.pack_experts(torch.randn(3, 36, 20)).packed,
+            20,
+            36,
+            act,
+        )
+        for act in ("silu", "gelu")
+    ],
     "rope": lambda: [(_heads(4), *_angles(), None, 16, True, False)],
     "rope_qk": lambda: [
         (_heads(4), _heads(2), *_angles(), torch.tensor([[3, 4, 0], [1, 1, 7]]), 16, True, False),

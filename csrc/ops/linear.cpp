@@ -50,26 +50,33 @@ Packed open(const Tensor& t, const char* name) {
   return {static_cast<const char*>(t.const_data_ptr()) + sizeof(Header), type, h.n, h.k};
 }
 
+// One weight [n, k], or several of one shape, [count, n, k]: then their bytes one after the other.
 Tensor linear_pack(Tensor weight) {
-  LMFUSE_CHECK(weight.is_cpu() && weight.dim() == 2, "weight must be a CPU tensor [n, k]");
-  const int64_t n = weight.size(0), k = weight.size(1);
-  LMFUSE_CHECK_VALUE(n > 0 && k > 0, "weight must not be empty, but is ", n, " by ", k);
-  PackArgs a{};
-  a.weight = as_rows(weight, "weight");
-  a.n = n;
-  a.k = k;
-  const int64_t size = packed_bytes(a.weight.dtype, n, k);
-  Tensor packed = new_weight_bytes(size);
+  LMFUSE_CHECK(weight.is_cpu() && (weight.dim() == 2 || weight.dim() == 3),
+               "weight must be a CPU tensor [n, k] or [count, n, k]");
+  const int64_t dims = weight.dim(), n = weight.size(dims - 2), k = weight.size(dims - 1);
+  LMFUSE_CHECK_VALUE(weight.numel() > 0, "weight must not be empty");
+  const int64_t count = dims == 3 ? weight.size(0) : 1;
+  const int64_t size = packed_bytes(dtype(weight, "weight"), n, k);
+  Tensor packed = new_weight_bytes(count * size);
   char* data = static_cast<char*>(packed.mutable_data_ptr());
-  Header h{};
-  std::memcpy(h.magic, Header::kMagic, sizeof(h.magic));
-  h.n = n;
-  h.k = k;
-  h.dtype = static_cast<int32_t>(a.weight.dtype);
-  std::memcpy(data, &h, sizeof(h));
-  a.packed = data + sizeof(h);
-  const auto kernel = kernels().pack;
-  parallel(panel_count(n), kPanel * k, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  for (int64_t i = 0; i < count; ++i, data += size) {
+    Tensor one = dims == 3 ? torch::stable::select(weight, 0, i) : weight;
+    PackArgs a{};
+    a.weight = as_rows(one, "weight");
+    a.n = n;
+    a.k = k;
+    Header h{};
+    std::memcpy(h.magic, Header::kMagic, sizeof(h.magic));
+    h.n = n;
+    h.k = k;
+    h.dtype = static_cast<int32_t>(a.weight.dtype);
+    std::memcpy(data, &h, sizeof(h));
+    a.packed = data + sizeof(h);
+    const auto kernel = kernels().pack;
+    parallel(panel_count(n), kPanel * k,
+             [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  }
   return packed;
 }
 

@@ -3,6 +3,7 @@
 from lmfuse.functional.activation import gelu_mul, silu_mul
 from lmfuse.functional.attention import attention, varlen_attention
 from lmfuse.functional.cache import reshape_and_cache
+from lmfuse.functional.experts import PackedExperts, experts, pack_experts
 from lmfuse.functional.indirect_attention import indirect_access_kv_cache_attention
 from lmfuse.functional.linear import linear, linear_concat, linear_gate_up
 from lmfuse.functional.norm import (
@@ -30,6 +31,7 @@ from lmfuse.functional.rope import rotary_embedding, rotate, rotate_qk, rotate_q
 from lmfuse.functional.woq import woq_linear, woq_linear_concat, woq_linear_gate_up
 
 __all__ = [
+    "PackedExperts",
     "PackedWeight",
     "Quantized",
     "QuantizedFormat",
@@ -37,6 +39,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "dequantize",
+    "experts",
     "fast_layer_norm",
     "flash_attn_varlen_func",
     "gelu_mul",
@@ -45,6 +48,7 @@ __all__ = [
     "linear",
     "linear_concat",
     "linear_gate_up",
+    "pack_experts",
     "pack_linear",
     "pack_quantized",
     "quantized_format",

@@ -89,15 +89,19 @@ class PackedWeight(Tensor):
         """What is packed, as a tensor of the shape that the owner sees."""
         return _unpacked(self.packed, self)
 
-    def _meta(self) -> tuple[int, int, torch.dtype, torch.dtype]:
+    def _meta(self) -> tuple[Any, ...]:
+        """What a new one is made of besides the bytes."""
         return self.out_features, self.in_features, self.public_dtype, self.packed_dtype
 
     def _with(self, packed: Tensor) -> PackedWeight:
         return type(self)(packed, *self._meta())
 
+    def _again(self, plain: Tensor) -> PackedWeight:
+        """`plain`, of the shape that the owner sees, packed in the same way, and not rounded."""
+        return self._of(plain, False, *self._meta()[4:])
+
     @classmethod
-    def _of(cls, plain: Tensor, rounded: bool = False) -> PackedWeight:
-        """`plain`, of the shape that the owner sees, packed in the same way."""
+    def _of(cls, plain: Tensor, rounded: bool, *more: Any) -> PackedWeight:
         return pack_linear(plain, rounded)
 
     @property
@@ -120,7 +124,7 @@ class PackedWeight(Tensor):
         # Pickled as the plain weight: what a file of another version says about packed bytes is
         # nothing to build on.
         plain, is_parameter = self.unpack(), getattr(self, "_is_param", False)
-        return _packed_again, (plain, is_parameter, self.rounded, type(self))
+        return _packed_again, (plain, is_parameter, self.rounded, type(self), *self._meta()[4:])
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return ["packed"], self._meta()
@@ -162,7 +166,7 @@ class PackedTransposed(PackedWeight):
         return k, n
 
     @classmethod
-    def _of(cls, plain: Tensor, rounded: bool = False) -> PackedWeight:
+    def _of(cls, plain: Tensor, rounded: bool, *more: Any) -> PackedWeight:
         return pack_linear(plain, rounded, transposed=True)
 
     def _matrix(self, plain: Tensor) -> Tensor:
@@ -247,7 +251,7 @@ def _pack_bytes(matrix: Tensor, rounded: bool) -> Tensor:
 
 
 def _unpacked(packed: Tensor, like: PackedWeight) -> Tensor:
-    n, k, dtype, packed_dtype = like._meta()
+    n, k, dtype, packed_dtype = like._meta()[:4]
     with torch.no_grad():
         return cast(Tensor, call(_unpack, packed, n, k, packed_dtype)).to(dtype)
 
@@ -258,9 +262,13 @@ def _version(tensor: Tensor) -> int:
 
 
 def _packed_again(
-    plain: Tensor, is_parameter: bool, rounded: bool, kind: type[PackedWeight] = PackedWeight
+    plain: Tensor,
+    is_parameter: bool,
+    rounded: bool,
+    kind: type[PackedWeight] = PackedWeight,
+    *more: Any,
 ) -> PackedWeight:
-    weight = kind._of(plain, rounded)
+    weight = kind._of(plain, rounded, *more)
     if is_parameter:
         return cast(PackedWeight, torch.nn.Parameter(weight, requires_grad=False))
     return weight
@@ -287,7 +295,8 @@ def _through_plain(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     for weight, unpacked in written:
         if unpacked.shape != weight.shape:
             raise RuntimeError(f"{func} would give a packed weight another shape")
-        weight.packed.copy_(_pack_bytes(weight._matrix(unpacked), weight.rounded))
+        packed = _pack_bytes(weight._matrix(unpacked), weight.rounded)
+        weight.packed.copy_(packed.view_as(weight.packed))
         if not weight.packed.is_inference():
             increment_version(weight.packed)  # what is written below the dispatcher does not count
         if result is unpacked:
@@ -301,7 +310,7 @@ def _to_copy(weight: PackedWeight, **kwargs: Any) -> Any:
     if dtype is weight.public_dtype and device.type in ("cpu", "meta"):
         return weight._with(weight.packed.to(device, copy=True))
     if dtype in _check.FLOATS and device.type == weight.device.type == "cpu":
-        return weight._of(weight._plain().to(dtype))
+        return weight._again(weight._plain().to(dtype))
     return NotImplemented
 
 
@@ -323,7 +332,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _set_data(weight: PackedWeight, value: Tensor) -> None:
     """`weight.data = value`: foreign code, and Module.to with a dtype that cannot be packed."""
-    new = value if isinstance(value, PackedWeight) else weight._of(value)
+    new = value if isinstance(value, PackedWeight) else weight._again(value)
     if new.shape != weight.shape:
         raise ValueError(
             f"data has shape {tuple(new.shape)}, but the packed weight has {tuple(weight.shape)}"

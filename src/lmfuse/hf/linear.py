@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lmfuse import _auto_kernel_selection as kernels
-from lmfuse.hf import swap
+from lmfuse.hf import experts, swap
 from lmfuse.modules.linear import Packed
 from lmfuse.modules.pack import pack_model
 from lmfuse.modules.siblings import join_siblings
@@ -17,9 +17,12 @@ def pack(
     model: nn.Module, done: swap.Report, auto_kernel_selection: bool | None, concat: bool
 ) -> None:
     """Packs the linear layers of `model`, and writes into `done` which, and which not."""
-    packing = pack_model(
-        model, kernels.rounds_fp32(), kernels.selection(auto_kernel_selection), _alike(model)
-    )
+    with torch.no_grad():
+        alike = _alike(model)
+        known, against = experts.find(model)
+    select = kernels.selection(auto_kernel_selection)
+    packing = pack_model(model, kernels.rounds_fp32(), select, alike, known)
+    done.stock.update(against)
     done.packed.update(packing.packed)
     done.stock.update(packing.stock)
     if concat:
@@ -29,11 +32,10 @@ def pack(
 def _alike(model: nn.Module) -> set[type[nn.Module]]:
     """The classes in `model` that compute what nn.Linear does, or that with a transposed weight."""
     found: dict[type[nn.Module], bool] = {}
-    with torch.no_grad():
-        for module in model.modules():
-            kind = type(module)
-            if kind not in found and kind is not nn.Linear and not isinstance(module, Packed):
-                found[kind] = _is_linear(module)
+    for module in model.modules():
+        kind = type(module)
+        if kind not in found and kind is not nn.Linear and not isinstance(module, Packed):
+            found[kind] = _is_linear(module)
     return {kind for kind, known in found.items() if known}
 
 

@@ -13,7 +13,7 @@ from lmfuse.functional.packed import PackedTransposed
 
 
 class Packed(nn.Module):
-    """Mixin of modules whose parameter `weight` is a `PackedWeight`.
+    """Mixin of modules of which some parameters, `weight` or others, are a `PackedWeight`.
 
     The parameter has the public shape and dtype, so `parameters()`, `num_parameters()`, `dtype`,
     `to()`, `deepcopy` and `load_state_dict` see what they saw before packing; a state_dict holds
@@ -21,28 +21,36 @@ class Packed(nn.Module):
     of another dtype) stays plain, and the module then computes as torch does.
     """
 
-    # What the module was, and is again after `unpack_model`. A name that no module has: class
+    # What the module was, and is again after `unpack_model`. Names that no module has: class
     # attributes hide parameters.
     packed_stock: type[nn.Module]
+    packed_mixin: type[Packed] | None = None
+    packed_names: tuple[str, ...] = ("weight",)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle finds a class by its name, but some of ours are made on the fly.
-        return _new, (type(self).packed_stock,), self.__dict__
+        kind = type(self)
+        return _new, (kind.packed_stock, kind.packed_mixin), self.__dict__
 
-    transposed = False  # the weight is [in_features, out_features]
+    @classmethod
+    def packed(cls, name: str, plain: Tensor, rounded: bool = False) -> nn.Parameter:
+        """The parameter `name`, packed; it does not train."""
+        return nn.Parameter(functional.pack_linear(plain, rounded), requires_grad=False)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As torch, but packs a `weight`."""
-        if name == "weight" and param is not None and packable(param):
-            param = pack_parameter(param, transposed=self.transposed)
+        """As torch, but packs a weight."""
+        if name in self.packed_names and param is not None and packable(param):
+            param = self.packed(name, param)
         super().register_parameter(name, param)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars and isinstance(self.weight, PackedWeight):
-            destination[prefix + "weight"] = self.weight.unpack()
+        for name in self.packed_names:
+            weight = self._parameters[name]
+            if not keep_vars and isinstance(weight, PackedWeight):
+                destination[prefix + name] = weight.unpack()
 
 
 class Linear(Packed, nn.Linear):
@@ -89,7 +97,11 @@ class Linear(Packed, nn.Linear):
 class Transposed(Packed):
     """transformers' Conv1D, a linear layer with a weight [in_features, out_features], packed."""
 
-    transposed = True
+    @classmethod
+    def packed(cls, name: str, plain: Tensor, rounded: bool = False) -> nn.Parameter:
+        """The parameter `name`, packed; it does not train."""
+        packed = functional.pack_linear(plain, rounded, transposed=True)
+        return nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; see `lmfuse.functional.linear`."""
@@ -108,43 +120,41 @@ class Embedding(Packed, nn.Embedding):
     packed_stock = nn.Embedding
 
 
-_made: dict[type[nn.Module], type[Packed]] = {}
+_made: dict[tuple[type[Packed], type[nn.Module]], type[Packed]] = {}
 
 
-def packed_class(stock: type[nn.Module]) -> type[Packed]:
+def packed_class(stock: type[nn.Module], mixin: type[Packed] | None = None) -> type[Packed]:
     """The class of a packed module that was a `stock`: an nn.Linear, a class that computes as one,
-    any sort of nn.Embedding, or, as all the others, a Conv1D."""
+    any sort of nn.Embedding, what `mixin` is for, or, as all the others, a Conv1D."""
     for known in (Linear, Embedding):
         if known.packed_stock is stock:
             return known
-    if stock not in _made:
+    if mixin is None:
         embeds = issubclass(stock, nn.Embedding)
         mixin = Linear if issubclass(stock, nn.Linear) else Packed if embeds else Transposed
-        attributes = {"__module__": Packed.__module__, "packed_stock": stock}
-        _made[stock] = type(f"Packed{stock.__name__}", (mixin, stock), attributes)
-    return _made[stock]
+    key = (mixin, stock)
+    if key not in _made:
+        attributes = {
+            "__module__": Packed.__module__,
+            "packed_stock": stock,
+            "packed_mixin": mixin,
+        }
+        _made[key] = type(f"Packed{stock.__name__}", key, attributes)
+    return _made[key]
 
 
-def _new(stock: type[nn.Module]) -> Packed:
-    kind = packed_class(stock)
+def _new(stock: type[nn.Module], mixin: type[Packed] | None) -> Packed:
+    kind = packed_class(stock, mixin)
     return kind.__new__(kind)
 
 
 def packable(parameter: Tensor) -> bool:
-    """Whether `pack_linear` takes it, and it is not yet packed."""
+    """Whether it can be packed, and is not yet."""
     return (
         not isinstance(parameter, PackedWeight)
         and parameter.device.type == "cpu"
         and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and parameter.dim() == 2
+        and parameter.dim() in (2, 3)
         and parameter.numel() > 0
         and type(parameter) in (nn.Parameter, Tensor)
     )
-
-
-def pack_parameter(
-    parameter: Tensor, rounded: bool = False, transposed: bool = False
-) -> nn.Parameter:
-    """The packed weight, as a parameter that does not train."""
-    packed = functional.pack_linear(parameter, rounded, transposed)
-    return nn.Parameter(packed, requires_grad=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lmfuse.functional import PackedWeight
-from lmfuse.modules.linear import Packed, pack_parameter, packable, packed_class
+from lmfuse.modules.experts import Experts
+from lmfuse.modules.linear import Packed, packable, packed_class
 from lmfuse.modules.siblings import part_siblings
 
 Owners = list[tuple[str, nn.Module, str]]  # name, module, and the attribute with the weight
@@ -30,6 +32,7 @@ def pack_model(
     rounded: bool = False,
     keep: Callable[[Tensor], bool] | None = None,
     alike: Container[type[nn.Module]] = (),
+    experts: Mapping[str, str] | None = None,
 ) -> Packing:
     """Makes each nn.Linear of `model` an `lmfuse.modules.Linear`, in place, layer by layer.
 
@@ -46,35 +49,58 @@ def pack_model(
         keep: called with each weight that could be packed; True leaves it as it is.
         alike: further classes of linear layers: subclasses of nn.Linear that compute what it does,
             and such as transformers' Conv1D, which do so with the transposed weight.
+        experts: modules to pack as `lmfuse.modules.experts.Experts`, name -> activation.
 
     Returns:
         What was packed, and why the other linear layers were not.
     """
     done = Packing()
-    groups = _shared(model, alike)
+    jobs = [partial(_pack_linear, owners, alike) for owners in _shared(model, alike)]
+    jobs += [partial(_pack_experts, model, name, act) for name, act in (experts or {}).items()]
     try:
-        for owners in tqdm(groups, desc="packing", unit="layer", delay=2, disable=None):
-            weight: Any = owners[0][1].weight
-            against = _reason_against(owners, alike) or (
-                "torch's kernel is faster" if keep is not None and keep(weight) else None
-            )
-            if against is None:
-                kinds = [packed_class(type(module)) for _, module, _ in owners]
-                rounds = rounded and weight.dtype is torch.float32
-                packed = pack_parameter(weight, rounds, kinds[0].transposed)
-                for (_, module, _), kind in zip(owners, kinds, strict=True):
-                    module.__class__ = kind
-                    module._parameters["weight"] = packed
-            for name, module, _ in owners:
-                if against is None:
-                    done.packed[name] = "packed" if len(owners) == 1 else "packed, tied"
-                elif not isinstance(module, nn.Embedding):
-                    done.stock[name] = against
-            del weight
+        for job in tqdm(jobs, desc="packing", unit="layer", delay=2, disable=None):
+            job(done, rounded, keep)
     except BaseException:
         _unpack([model.get_submodule(name) for name in done.packed])
         raise
     return done
+
+
+def _pack_linear(
+    owners: Owners,
+    alike: Container[type[nn.Module]],
+    done: Packing,
+    rounded: bool,
+    keep: Callable[[Tensor], bool] | None,
+) -> None:
+    """Packs the weight that `owners` share, and writes into `done` that, or why not."""
+    weight: Any = owners[0][1].weight
+    against = _reason_against(owners, alike)
+    if against is None and keep is not None and keep(weight):
+        against = "torch's kernel is faster"
+    if against is not None:
+        done.stock.update((n, against) for n, m, _ in owners if not isinstance(m, nn.Embedding))
+        return
+    kinds = [packed_class(type(module)) for _, module, _ in owners]
+    packed = kinds[0].packed("weight", weight, rounded and weight.dtype is torch.float32)
+    for (name, module, _), kind in zip(owners, kinds, strict=True):
+        module.__class__ = kind
+        module._parameters["weight"] = packed
+        done.packed[name] = "packed" if len(owners) == 1 else "packed, tied"
+
+
+def _pack_experts(
+    model: nn.Module, name: str, act: str, done: Packing, rounded: bool, keep: object
+) -> None:
+    """Packs the experts called `name`, one parameter after the other."""
+    module: Any = model.get_submodule(name)
+    done.packed[name] = f"experts, {act}"
+    module.__class__ = packed_class(type(module), Experts)
+    module.experts_act = act
+    for parameter in module.packed_names:
+        plain = module._parameters[parameter]
+        rounds = rounded and plain.dtype is torch.float32
+        module._parameters[parameter] = module.packed(parameter, plain, rounds)
 
 
 def unpack_model(model: nn.Module) -> None:
@@ -89,13 +115,16 @@ def _unpack(modules: Iterable[nn.Module]) -> None:
         if not isinstance(module, Packed):
             continue
         part_siblings(module)
-        weight = module.weight
+        names = module.packed_names
         module.__class__ = type(module).packed_stock  # type: ignore[assignment]
-        if isinstance(weight, PackedWeight):
-            if id(weight) not in plain:
-                plain[id(weight)] = nn.Parameter(weight.unpack(), requires_grad=False)
-                alive.append(weight)
-            module._parameters["weight"] = plain[id(weight)]
+        vars(module).pop("experts_act", None)
+        for name in names:
+            weight = module._parameters[name]
+            if isinstance(weight, PackedWeight):
+                if id(weight) not in plain:
+                    plain[id(weight)] = nn.Parameter(weight.unpack(), requires_grad=False)
+                    alive.append(weight)
+                module._parameters[name] = plain[id(weight)]
 
 
 def _shared(model: nn.Module, alike: Container[type[nn.Module]]) -> list[Owners]:

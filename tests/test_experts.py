@@ -1,0 +1,124 @@
+"""Mixtures of experts over packed weights, against float64, and as parameters of a model."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from helpers import assert_same_bits
+from lmfuse import functional
+from lmfuse.functional import PackedExperts
+
+E, N, K = 5, 36, 40
+ACTS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+}
+
+
+def sample(dtype: torch.dtype, tokens: int = 7, chosen: int = 2) -> tuple[Tensor, ...]:
+    """x, index, weights, gate_up, down; no token chooses expert 3."""
+    x = torch.randn(tokens, K).to(dtype)
+    index = torch.tensor([0, 1, 2, 4])[torch.rand(tokens, 4).topk(chosen).indices]
+    gate_up, down = torch.randn(E, 2 * N, K) / 6, torch.randn(E, K, N) / 6
+    return x, index, torch.rand(tokens, chosen), gate_up.to(dtype), down.to(dtype)
+
+
+def expected(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str
+) -> Tensor:
+    """In float64, but for what the kernels round: the product of gate and up."""
+    rows = []
+    for t in range(len(x)):
+        row = torch.zeros(K, dtype=torch.float64)
+        for e, w in zip(index[t].tolist(), weights[t].double(), strict=True):
+            gate, up = (gate_up[e].double() @ x[t].double()).chunk(2)
+            hidden = (ACTS[act](gate) * up).to(x.dtype).double()
+            row += w * (down[e].double() @ hidden).to(x.dtype).double()
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@torch.no_grad()
+def test_tokens_go_through_their_experts(isa: str, dtype: torch.dtype, act: str) -> None:
+    x, index, weights, gate_up, down = sample(dtype)
+    packed = functional.pack_experts(gate_up, 2), functional.pack_experts(down)
+    y = functional.experts(x, index, weights, *packed, act)
+    assert y.dtype is dtype
+    close = expected(x, index, weights, gate_up, down, act)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.01}[dtype]
+    torch.testing.assert_close(y.double(), close, rtol=tolerance, atol=tolerance)
+    for t in range(len(x)):  # a token's bits do not depend on the others
+        one = functional.experts(x[t : t + 1], index[t : t + 1], weights[t : t + 1], *packed, act)
+        assert_same_bits(one[0], y[t])
+    assert functional.experts(x[:0], index[:0], weights[:0], *packed).shape == (0, K)
+
+
+@torch.no_grad()
+def test_packed_experts_are_a_parameter_like_any_other(dtype: torch.dtype) -> None:
+    _, _, _, gate_up, down = sample(dtype)
+    for plain, parts in ((gate_up, 2), (down, 1), (gate_up[:, :, ::2], 2)):
+        packed = functional.pack_experts(plain, parts)
+        assert (packed.shape, packed.dtype) == (plain.shape, dtype)
+        assert_same_bits(packed.unpack(), plain)
+        assert_same_bits(packed + 0, plain + 0)
+        assert_same_bits(copy.deepcopy(packed).unpack(), plain)
+        half = packed.to(torch.bfloat16)
+        assert isinstance(half, PackedExperts)
+        assert_same_bits(half.unpack(), plain.bfloat16())
+        packed.mul_(2)
+        assert_same_bits(packed.unpack(), plain * 2)
+        packed.copy_(plain)
+        file = io.BytesIO()
+        torch.save(packed, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)  # our own file
+        assert again.parts == parts
+        assert_same_bits(again.unpack(), plain)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_and_a_graph_choose_anew() -> None:
+    x, index, weights, gate_up, down = sample(torch.float32)
+    g, d = functional.pack_experts(gate_up, 2), functional.pack_experts(down)
+
+    def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return functional.experts(x, index, weights, g, d)
+
+    traced = torch.jit.trace(run, (x, index, weights))
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for other in (index, index.flip(0), torch.full_like(index, 3)):
+        assert torch.equal(traced(x, other, weights), run(x, other, weights))
+        assert torch.equal(compiled(x, other, weights), run(x, other, weights))
+
+
+def test_what_cannot_be_is_refused_in_words() -> None:
+    x, index, weights, gate_up, down = sample(torch.float32)
+    g, d = functional.pack_experts(gate_up, 2), functional.pack_experts(down)
+    with pytest.raises(ValueError, match=r"weight has shape \(5, 72, 40\), but .* 5 n, k"):
+        functional.pack_experts(gate_up, 5)
+    with pytest.raises(TypeError, match="gate_up must come from pack_experts with parts 2"):
+        functional.experts(x, index, weights, d, d)
+    with pytest.raises(ValueError, match=r"down is .* does not fit gate_up"):
+        functional.experts(x, index, weights, g, functional.pack_experts(down[:, :, :8]))
+    with pytest.raises(ValueError, match=r"x has shape .* but must be \[tokens, 40\]"):
+        functional.experts(x[:, :8], index, weights, g, d)
+    with pytest.raises(TypeError, match=r"x is torch\.bfloat16, but must be torch\.float32"):
+        functional.experts(x.bfloat16(), index, weights, g, d)
+    with pytest.raises(ValueError, match="gate_up has 5 experts, but down has 4"):
+        functional.experts(x, index, weights, g, functional.pack_experts(down[:4]))
+    with pytest.raises(ValueError, match="index has shape"):
+        functional.experts(x, index[:3], weights, g, d)
+    with pytest.raises(ValueError, match="act is 'relu'"):
+        functional.experts(x, index, weights, g, d, "relu")
+    for wrong in (-1, 5):
+        with pytest.raises(ValueError, match="but there are 5 experts"):
+            functional.experts(x, torch.full_like(index, wrong), weights, g, d)

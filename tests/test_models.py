@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import sys
+import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,10 @@ from torch import Tensor
 
 import lmfuse
 from lmfuse import hf
+from lmfuse.functional import packed
+from lmfuse.generation import Cache
+
+experts = sys.modules["lmfuse.functional.experts"]  # the name is that of the function
 
 LAYERS = 2
 TINY = {
@@ -173,4 +182,221 @@ def test_a_family_is_fused_and_comes_back(name: str, tmp_path: Path) -> None:
 
     assert lmfuse.restore(model) is model
     assert [type(module) for module in model.modules()] == kinds
+    assert torch.equal(logits(model), expected)
+
+
+# --- encoder-decoders ----------------------------------------------------------------------------
+
+
+def seq2seq(family: str) -> tuple[Any, dict[str, Tensor]]:
+    """A model and its inputs."""
+    g = torch.Generator().manual_seed(1)
+    if family == "t5":
+        sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": LAYERS}
+        config: Any = transformers.T5Config(**sizes, vocab_size=96, decoder_start_token_id=0)
+        model: Any = transformers.T5ForConditionalGeneration(config)
+        return model.eval(), batch()
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    layers = {"encoder_layers": LAYERS, "decoder_layers": LAYERS}
+    ids = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    length = {"max_source_positions": 30, "max_target_positions": 32, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(**sizes, **heads, **layers, **ids, **length)
+    model = transformers.WhisperForConditionalGeneration(config)
+    return model.eval(), {"input_features": torch.randn(3, 8, 60, generator=g)}
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_encoder_decoders_are_unharmed_and_packed(family: str) -> None:
+    torch.manual_seed(0)
+    stock, inputs = seq2seq(family)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.mul_(2)
+    kinds = [type(module) for module in stock.modules()]
+    fused = lmfuse.optimize(stock)
+    linears = sum(isinstance(m, torch.nn.Linear) for m in stock.modules())
+    assert (
+        len([k for k in hf.report(fused).packed if "embed" not in k and "shared" not in k])
+        == linears
+    )
+    start = torch.tensor([[1, 5, 7, 9]] * 3)
+    with torch.no_grad():
+        close(
+            fused(**inputs, decoder_input_ids=start).logits,
+            stock(**inputs, decoder_input_ids=start).logits,
+        )
+    for beams in (1, 4):
+        length = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+        assert torch.equal(fused.generate(**inputs, **length), stock.generate(**inputs, **length))
+    assert [type(module) for module in lmfuse.restore(fused).modules()] == kinds
+
+
+# --- other masks, caches and calls ---------------------------------------------------------------
+
+OWN = ("gptj", "codegen", "falcon", "falcon new", "falcon alibi", "bloom", "mpt")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_attention_of_our_own_under_all_masks_and_caches(name: str) -> None:
+    stock = make(name)
+    stock.set_attn_implementation("eager")
+    fused = lmfuse.optimize(stock)
+    ids = batch()["input_ids"]
+    for hidden in ([(0, slice(6, 9))], [(1, slice(3, 5)), (2, slice(0, 2))]):  # right, and within
+        mask = torch.ones_like(ids)
+        for row, columns in hidden:
+            mask[row, columns] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        close(logits(fused, **inputs), logits(stock, **inputs))
+        cache = Cache(fused.config)
+        with torch.no_grad():
+            first = {"input_ids": ids[:, :8], "attention_mask": mask[:, :8]}
+            fused(**first, past_key_values=cache)
+            last = fused(input_ids=ids[:, 8:], attention_mask=mask, past_key_values=cache).logits
+            seen = mask[:, 8].bool()
+            close(last[seen, 0], stock(**inputs).logits[seen, 8])
+    for beams in (1, 3):
+        expected = generate(stock, beams)
+        assert torch.equal(generate(fused, beams, cache_implementation="dynamic"), expected)
+        assert torch.equal(generate(fused, beams, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("name", ["gptj", "falcon", "bloom"])
+def test_attention_of_our_own_gives_weights_to_who_asks(name: str) -> None:
+    stock = make(name)
+    stock.config._attn_implementation = "eager"  # Falcon refuses the function that sets it
+    fused = lmfuse.optimize(stock)
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        expected = stock(ids, output_attentions=True)
+        with pytest.warns(UserWarning, match="output_attentions asks for"):
+            out = fused(ids, output_attentions=True)
+    close(out.logits, expected.logits)
+    assert len(out.attentions) == LAYERS
+    for mine, theirs in zip(out.attentions, expected.attentions, strict=True):
+        close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "bloom", "gpt2", "mixtral"])
+def test_half_precision_is_as_near_to_float32_as_stock(name: str) -> None:
+    model = make(name).bfloat16()
+    exact = logits(make(name).bfloat16().float())
+    out, stock = logits(lmfuse.optimize(model)), logits(model)
+    assert out.dtype is torch.bfloat16
+    assert (out - exact).abs().mean() <= 1.25 * (stock - exact).abs().mean()
+
+
+def test_conv1d_is_packed_and_keeps_its_shape() -> None:
+    stock = make("gpt2")
+    fused = lmfuse.optimize(stock)
+    layer, plain = fused.transformer.h[0].attn.c_attn, stock.transformer.h[0].attn.c_attn
+    assert (layer.weight.shape, layer.weight.dtype) == ((32, 96), torch.float32)
+    assert torch.equal(layer.weight + 0, plain.weight)
+    again = copy.deepcopy(fused)
+    other = {k: v * 2 for k, v in stock.state_dict().items()}
+    again.load_state_dict(other)
+    stock.load_state_dict(other)
+    close(logits(again), logits(stock))
+    assert torch.equal(layer.weight + 0, plain.weight / 2)
+    assert again.to(torch.bfloat16).transformer.h[0].attn.c_attn.weight.shape == (32, 96)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(fused))), logits(fused))
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_inputs_that_cannot_be_are_refused_in_words() -> None:
+    ids = batch()["input_ids"]
+    legacy = tuple((torch.zeros(3, 2, 4, 8),) * 2 for _ in range(LAYERS))
+    fused = lmfuse.optimize(make())
+    with pytest.raises(TypeError, match="past_key_values is a tuple, as in transformers 4"):
+        fused(ids, past_key_values=legacy)
+    with pytest.raises(ValueError, match=r"input_ids has shape \(3, 0\), but must have at least"):
+        fused(ids[:, :0])
+    with pytest.raises(ValueError, match=r"input_ids has shape \(3, 0\), but must have at least"):
+        fused.generate(ids[:, :0], max_new_tokens=2)
+    fused.register_forward_pre_hook(lambda *_: {}["nothing"])
+    with pytest.raises(KeyError):  # what is not the input's fault comes through
+        fused(ids)
+    loss = lmfuse.optimize(make()).train()(ids, labels=ids).loss
+    with pytest.raises(RuntimeError, match=r"no backward: lmfuse is for inference"):
+        loss.backward()
+    with pytest.raises(ValueError, match=r"in training mode, but lmfuse is for inference"):
+        lmfuse.optimize(make("gptj")).train()(ids)
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "gpt2", "opt", "bloom", "mpt"])
+def test_prompts_beyond_the_position_limit(name: str) -> None:
+    """As stock, or refused where stock fails with an index error."""
+    stock = make(name)
+    fused = lmfuse.optimize(stock)
+    ids = torch.arange(70)[None] % 90 + 3
+    if name in ("llama", "bloom"):
+        close(logits(fused, input_ids=ids), logits(stock, input_ids=ids))
+    elif name == "mpt":  # ALiBi knows no limit; stock's table does
+        assert torch.isfinite(logits(fused, input_ids=ids)).all()
+    else:
+        with pytest.raises(ValueError, match="70 tokens are more than this model has positions"):
+            fused(ids)
+        with pytest.raises(ValueError, match="65 tokens are more than this model has positions"):
+            fused.generate(ids[:, :60], max_new_tokens=9, min_new_tokens=9)
+        assert torch.equal(generate(fused), generate(stock))
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "mixtral"])
+def test_batch_sizes_may_change_between_calls(name: str) -> None:
+    stock = make(name)
+    fused = lmfuse.optimize(stock)
+    whole = batch()
+    for rows, beams in ((3, 1), (1, 4), (2, 1), (3, 3), (1, 1)):
+        part = {key: value[:rows] for key, value in whole.items()}
+        assert torch.equal(generate(fused, beams, **part), generate(stock, beams, **part))
+
+
+def test_two_models_and_two_threads_do_not_meet() -> None:
+    stock = make("gptj")
+    models = [lmfuse.optimize(make(name)) for name in ("gptj", "bloom", "mixtral")]
+    models += [models[0], stock]  # one model with two caches; one that is stock
+    expected = [generate(model, 4) for model in models]
+    assert torch.equal(expected[0], expected[4])
+    with ThreadPoolExecutor(len(models)) as pool:
+        results = list(pool.map(lambda model: generate(model, 4), models))
+    assert all(map(torch.equal, results, expected))
+    assert torch.equal(generate(make("gptj"), 4), expected[4])  # made afterwards, and stock
+    assert stock.config._attn_implementation != models[0].config._attn_implementation
+
+
+def test_a_model_that_another_library_quantized_keeps_its_layers() -> None:
+    model = make()
+    linears = {torch.nn.Linear}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(model, linears, torch.qint8)
+    fused = lmfuse.optimize(quantized)
+    assert not hf.report(fused).packed
+    close(logits(fused), logits(quantized))
+
+
+@pytest.mark.parametrize("name", ["gptj", "gpt2", "mixtral"])
+@pytest.mark.parametrize("after", [0, 3, 8])
+def test_an_exception_while_packing_leaves_the_model_as_before(
+    name: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(name)
+    kinds, expected = [type(module) for module in model.modules()], logits(model)
+    calls, pack = iter(range(after)), packed._pack_bytes
+
+    def failing(*args: Any) -> Tensor:
+        if next(calls, None) is None:
+            raise MemoryError("no more")
+        return pack(*args)
+
+    monkeypatch.setattr(packed, "_pack_bytes", failing)
+    monkeypatch.setattr(experts, "_pack_bytes", failing)
+    with pytest.raises(MemoryError, match="no more"):
+        lmfuse.optimize(model, inplace=True)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(type(p) is torch.nn.Parameter for p in model.parameters())
+    assert hf.report(model) == hf.Report()
     assert torch.equal(logits(model), expected)

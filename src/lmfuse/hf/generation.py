@@ -9,6 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from lmfuse.generation.cache import Cache, Layer
 from lmfuse.hf import attention, attention_modules, swap
+from lmfuse.hf.inputs import Explains
 
 _STATE = "_lmfuse_attention"
 
@@ -21,7 +22,7 @@ _OWN_CACHE = (
 )
 
 
-class FusedGeneration(swap.Fused):
+class FusedGeneration(Explains, swap.Fused):
     """A model that generates with `lmfuse.generation.Cache` where the caller named no cache."""
 
     config: Any

@@ -44,7 +44,7 @@ class FusedGeneration(Explains, swap.Fused):
                 isinstance(layer, Layer) for layer in cache.layers
             ):
                 kwargs["past_key_values"] = cache
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """See transformers' `ContinuousMixin.init_continuous_batching`."""

@@ -40,7 +40,7 @@ HEAD = {"head_dim": 16}
 RMS, OFFSET, LAYER_NORM = "rms_norm", "rms_norm (weight + 1)", "layer_norm"
 SILU, GELU_TANH = "silu_mul", "gelu_mul (tanh)"
 HALF, GLM, COHERE = "rope (half)", "rope (interleaved)", "rope (interleaved, doubled table)"
-ATTENTION = "attention"
+ATTENTION, TANH_MLP = "attention", "linear + gelu_tanh"
 
 
 def _counts(norm: str, norms: int, *others: str) -> dict[str, int]:
@@ -65,15 +65,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "stablelm": ({}, _counts(LAYER_NORM, 2, SILU, HALF)),
     "olmo": ({}, {SILU: LAYERS, HALF: LAYERS}),
     "olmo2": ({}, _counts(RMS, 4, SILU, HALF)),
-    "starcoder2": ({}, _counts(LAYER_NORM, 2, HALF)),
-    "gpt_neox": ({}, _counts(LAYER_NORM, 2, HALF)),
-    "phi": ({}, _counts(LAYER_NORM, 1, HALF)),
+    "starcoder2": ({}, _counts(LAYER_NORM, 2, HALF, TANH_MLP)),
+    "gpt_neox": ({}, _counts(LAYER_NORM, 2, HALF, "linear + gelu")),
+    "phi": ({}, _counts(LAYER_NORM, 1, HALF, TANH_MLP)),
     "glm": (HEAD, _counts(RMS, 2, SILU, GLM)),
     "cohere": ({}, _counts(LAYER_NORM, 1, SILU, COHERE)),
-    "gptj": (GPTJ, _counts(LAYER_NORM, 1, ATTENTION)),
-    "codegen": (GPTJ, _counts(LAYER_NORM, 1, ATTENTION)),
+    "gptj": (GPTJ, _counts(LAYER_NORM, 1, ATTENTION, TANH_MLP)),
+    "codegen": (GPTJ, _counts(LAYER_NORM, 1, ATTENTION, TANH_MLP)),
     "opt": ({"ffn_dim": 96, "word_embed_proj_dim": 64}, _counts(LAYER_NORM, 2)),
-    "gpt2": ({"n_embd": 64, "n_layer": LAYERS, "n_head": 4}, _counts(LAYER_NORM, 2)),
+    "gpt2": ({"n_embd": 64, "n_layer": LAYERS, "n_head": 4}, _counts(LAYER_NORM, 2, TANH_MLP)),
 }
 
 

@@ -63,7 +63,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "phi3": ({}, _counts(RMS, 2, SILU, HALF)),
     "granite": ({}, _counts(RMS, 2, SILU, HALF)),
     "stablelm": ({}, _counts(LAYER_NORM, 2, SILU, HALF)),
-    "olmo": ({}, {SILU: LAYERS, HALF: LAYERS}),
+    "olmo": ({}, _counts(LAYER_NORM, 2, SILU, HALF)),
     "olmo2": ({}, _counts(RMS, 4, SILU, HALF)),
     "starcoder2": ({}, _counts(LAYER_NORM, 2, HALF, TANH_MLP)),
     "gpt_neox": ({}, _counts(LAYER_NORM, 2, HALF, "linear + gelu")),

@@ -57,6 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, str], set[str]]] = {
     "gemma3": ("gemma3_text", {**HEAD, **MIXED}, (6, OFFSET), {TANH, HALF}),
     "granite": ("granite", {"attention_multiplier": 0.3}, (2, RMS), {SILU, HALF}),
     "stablelm": ("stablelm", {}, (2, LN), {SILU, HALF}),
+    "olmo": ("olmo", {}, (2, LN), {SILU, HALF}),
     "olmo2": ("olmo2", {}, (4, RMS), {SILU, HALF}),
     "starcoder2": ("starcoder2", {}, (2, LN), {TANH_MLP, HALF}),
     "gpt_neox": ("gpt_neox", {}, (2, LN), {GELU_MLP, HALF}),

@@ -10,6 +10,8 @@ from lmfuse.hf import swap
 
 # Where transformers' norms keep their epsilon.
 _EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+# Those that are written into a forward, as OLMo's.
+_CONSTANTS = (1e-5, 1e-6)
 
 
 class FusedLayerNorm(swap.Fused, nn.LayerNorm):
@@ -29,7 +31,8 @@ class FusedNorm(swap.Fused):
     differ by at most one more rounding, and this one is the closer.
     """
 
-    fused_eps: str  # the attribute with the epsilon
+    fused_eps: str  # the attribute with the epsilon,
+    fused_constant: float  # which may be this one
     fused_centered: bool  # subtract the mean: layer norm
     fused_offset: float  # added to the weight
     fused_promotes: bool  # float32 weight, bfloat16 input -> float32 (else bfloat16)
@@ -59,16 +62,26 @@ def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | No
         return "its forward takes more than one input, or is replaced on the instance"
     own = dict(module.named_parameters(recurse=False))
     eps_name = next((e for e in _EPS if isinstance(getattr(module, e, None), float)), None)
-    if eps_name is None or not own.keys() <= {"weight", "bias"}:
-        return "no epsilon of its own, or parameters other than weight and bias"
-    return _recognised(module, own, eps_name)
+    if not own.keys() <= {"weight", "bias"}:
+        return "it has parameters other than weight and bias"
+    if eps_name is not None:
+        return _recognised(module, own, eps_name, getattr(module, eps_name))
+    for eps in _CONSTANTS:
+        found = _recognised(module, own, "fused_constant", eps)
+        if isinstance(found, swap.Swap):
+            return found
+    return "no epsilon is known of it, and it computes neither rms_norm nor layer_norm"
 
 
-def _recognised(module: nn.Module, own: dict[str, nn.Parameter], eps_name: str) -> swap.Swap | str:
+def _recognised(
+    module: nn.Module, own: dict[str, nn.Parameter], eps_name: str, eps: float
+) -> swap.Swap | str:
     """The formula that gives what the module gives, for random weights and rows large and small."""
     random = swap.generator()
-    n = next((p.shape[-1] for p in own.values()), 64)
-    small = getattr(module, eps_name) ** 0.5  # rows on which the epsilon decides
+    shape = getattr(module, "normalized_shape", (64,))
+    width = shape[-1] if isinstance(shape, (tuple, list)) else 64
+    n = next((p.shape[-1] for p in own.values()), width)
+    small = eps**0.5  # rows on which the epsilon decides
     x = swap.random(random, 4, n) * torch.tensor([[1.0], [30.0], [small], [small * 0.1]])
     weights = {k: nn.Parameter(swap.random(random, *p.shape)) for k, p in own.items()}
     probe = swap.copied(module, _parameters={**module._parameters, **weights})
@@ -88,6 +101,7 @@ def _recognised(module: nn.Module, own: dict[str, nn.Parameter], eps_name: str) 
             FusedNorm,
             type(module),
             fused_eps=eps_name,
+            fused_constant=eps if eps_name == "fused_constant" else 0.0,
             fused_centered=centered,
             fused_offset=offset,
             fused_promotes=mixed is torch.float32 and "weight" in own,

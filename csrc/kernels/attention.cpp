@@ -7,8 +7,8 @@
 // which is the same sum, in the same order, whether it happens at once or in attention_join after
 // the chunks were spread over threads. One decoded token, a prompt, a piece of a prompt: all are
 // computed so.
+#include "attention_few.h"
 #include "attention_softmax.h"
-#include "gemm_tile.h"
 
 namespace lmfuse::LMFUSE_ISA {
 namespace {
@@ -93,7 +93,7 @@ class Attend {
     stage_ = s.take<Input>(kPanel * (width_ > value_width_ ? width_ : value_width_));
     scores_ = s.take<float>(kBlock * kKeyChunk);
     weights_ = s.take<Input>(kBlock * kWeightsRow);
-    products_ = s.take<float>(kBlock * kPanel);
+    products_ = s.take<float>(kBlock * value_width_);
     sums_ = s.take<float>(kAttentionRows * value_width_);
     running_ = {s.take<float>(kAttentionRows), s.take<float>(kAttentionRows)};
     rows_ = s.take<RowInfo>(kAttentionRows);
@@ -115,6 +115,11 @@ class Attend {
       load_query(rows_[r], queries_ + r * width_);
     }
     for (int64_t i = 0; i < count * value_width_; ++i) sums_[i] = 0.0f;
+    if constexpr (kFew > 0)
+      if (count <= kFew) {
+        for (int64_t i = count * width_; i < kFew * width_; ++i) queries_[i] = Input{};
+        pack_queries(queries_, width_, keys_);
+      }
     const int64_t last = u.chunk + u.chunk_count;
     for (int64_t c = u.chunk; c < last; ++c) {
       if (c + 1 < last) {
@@ -133,6 +138,7 @@ class Attend {
   // Rows that share one pass over the packed chunk: some tiles, so that it is worth reading.
   static constexpr int64_t kBlock =
       Tile::kRows >= 24 ? Tile::kRows : 24 / Tile::kRows * Tile::kRows;
+  static constexpr int64_t kFew = FewRows<Tile>::kRows;   // of a unit that packs nothing
   static constexpr int64_t kWeightsRow = kKeyChunk + 32;  // apart in the first-level cache
 
   void load_query(const RowInfo& row, Input* to) {
@@ -195,6 +201,8 @@ class Attend {
     const int64_t begin = c * kKeyChunk, end = last_seen(0, count, begin + kKeyChunk);
     if (end <= begin) return;
     find(*now_, seq, kv_head, begin, end);
+    if constexpr (kFew > 0)
+      if (count <= kFew) return few(begin, count);
     const int64_t panels = (end - begin + kPanel - 1) / kPanel;
     for (int64_t p = 0; p < panels; ++p) {
       pack_keys(a_.key.type, now_->keys, p, a_.dim, stage_, keys_ + p * kPanel * width_,
@@ -232,6 +240,34 @@ class Attend {
       }
   }
 
+  // The weights of row first + r of the unit, row r of its block.
+  void weigh(int64_t begin, int64_t first, int64_t r, const Scores& scores, Softmax to) {
+    const RowInfo& row = rows_[first + r];
+    const RowSums sums = softmax_row(a_, row, first_head_ + row.head, begin, now_->keys,
+                                     now_->values, scores, weights_ + r * kWeightsRow);
+    to.largest[r] = sums.largest;
+    to.sum[r] = sums.sum;
+  }
+
+  // All rows of the unit, which are few, over the chunk as it lies.
+  void few(int64_t begin, int64_t count) {
+    FetchAhead ahead({&now_->keys, a_.dim * kv_bytes(a_.key.type)},
+                     {&now_->values, a_.value_dim * kv_bytes(a_.value.type)}, next_->keys);
+    FewRows<Tile>::scores(a_.key.type, now_->keys, a_.dim, width_, keys_, count, stage_, scores_,
+                          ahead);
+    alignas(64) float largest[kFew], sum[kFew], old_part[kFew], new_part[kFew];
+    const int64_t keys = round_up(now_->keys.count, kPanel);
+    for (int64_t r = 0; r < count; ++r)
+      weigh(begin, 0, r, {scores_ + r * kPanel, kFew * kPanel, keys}, {largest, sum});
+    join(running_, {largest, sum}, count, old_part, new_part);
+    FewRows<Tile>::values(a_.value.type, now_->values, a_.value_dim, value_width_, weights_,
+                          kWeightsRow, count, stage_, values_, products_, ahead);
+    for (int64_t d = 0; d < value_width_; d += kPanel)
+      for (int64_t r = 0; r < count; ++r)
+        join_values(sums_ + r * value_width_ + d, products_ + d * count + r * kPanel, kPanel,
+                    old_part[r], new_part[r]);
+  }
+
   // Rows [first, first + count) over the packed chunk.
   void block(int64_t begin, int64_t first, int64_t count) {
     const int64_t seen = last_seen(first, count, begin + kKeyChunk) - begin;
@@ -244,14 +280,9 @@ class Attend {
              scores_, panel_rows);
 
     alignas(64) float largest[kBlock], sum[kBlock], old_part[kBlock], new_part[kBlock];
-    for (int64_t r = 0; r < count; ++r) {
-      const RowInfo& row = rows_[first + r];
-      const Scores scores{scores_ + place.at(r, tile.rows()) * kPanel, panel_rows, keys};
-      const RowSums row_sums = softmax_row(a_, row, first_head_ + row.head, begin, now_->keys,
-                                           now_->values, scores, weights_ + r * kWeightsRow);
-      largest[r] = row_sums.largest;
-      sum[r] = row_sums.sum;
-    }
+    for (int64_t r = 0; r < count; ++r)
+      weigh(begin, first, r, {scores_ + place.at(r, tile.rows()) * kPanel, panel_rows, keys},
+            {largest, sum});
     join({running_.largest + first, running_.sum + first}, {largest, sum}, count, old_part,
          new_part);
 

@@ -1,0 +1,205 @@
+// The products of attention for few rows, as in decoding: nothing is packed. The keys are the rows
+// of a tile as they lie in memory and the queries its other operand; the values are zipped, a block
+// at a time, in the first-level cache. The sums are those of gemm_tile.h, bit for bit: only the
+// operands of commutative products change places.
+#pragma once
+
+#include "attention_pack.h"
+#include "gemm_tile.h"
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+// The keys of a chunk, its values, and the first of the next keys, fetched strictly one row after
+// the other, kDistance ahead of what is read. A core has room for sixteen lines on their way, 200
+// cycles of reading: what computes longer than that asks for some rows in between.
+class FetchAhead {
+ public:
+  struct Part {
+    const ChunkRows* rows;
+    int64_t bytes;  // of a row
+  };
+  FetchAhead(Part keys, Part values, const ChunkRows& next_keys)
+      : parts_{keys, values, {&next_keys, keys.bytes}} {
+    const int64_t lead = kDistance / keys.bytes;  // fetched with the chunk before
+    const int64_t count = keys.rows->count;
+    row_ = keys.rows->row + (lead < count ? lead : count);
+    end_ = keys.rows->row + count;
+  }
+
+  // Once `rows` rows, in units of 1 / kOne, are read.
+  static constexpr int64_t kOne = 64;
+  LMFUSE_INLINE void step(int64_t rows) {
+    for (credit_ += rows; credit_ >= kOne; credit_ -= kOne) {
+      while (row_ == end_) {
+        if (part_ == 2) return;
+        const ChunkRows& next = *parts_[++part_].rows;
+        row_ = next.row;
+        end_ = row_ + next.count;
+      }
+      for (int64_t i = 0; i < parts_[part_].bytes; i += 64)
+        __builtin_prefetch(*row_ + i, 0, kLocality);
+      ++row_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kDistance = 8192;
+  Part parts_[3];
+  int64_t part_ = 0, credit_ = 0;
+  const char *const *row_, *const *end_;
+};
+
+// The products of at most kRows rows; 0 where a level has none of its own.
+template <class Tile>
+struct FewRows {
+  static constexpr int64_t kRows = 0;
+};
+
+#if defined(LMFUSE_TILES)
+
+// Rows of queries, zeros up to kTileRows, as the second operand: to[width / 2][16][2].
+inline void pack_queries(const bf16_t* rows, int64_t width, bf16_t* to) {
+  const auto* from = reinterpret_cast<const float*>(rows);
+  auto* words = reinterpret_cast<float*>(to);
+  for (int64_t r0 = 0; r0 < kTileRows; r0 += kLanes)
+    for (int64_t w = 0; w < width / 2; w += kLanes) {
+      Vec v[kLanes];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanes; ++r) v[r] = load(from + (r0 + r) * width / 2 + w);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanes; ++r) store(words + (w + r) * kTileRows + r0, v[r]);
+    }
+}
+
+// 16 rows of a tile: where the first is, and how far apart they are, in bytes.
+struct TileSource {
+  const bf16_t* first;
+  int64_t stride;
+};
+
+// The keys [first, first + 16), from their place if that is regular, else by way of stage.
+inline TileSource key_rows(KvType type, const ChunkRows& rows, int64_t first, int64_t dim,
+                           int64_t width, bf16_t* stage) {
+  const char* const* row = rows.row + first;
+  const int64_t left = rows.count - first, count = left < kTileRows ? left : kTileRows;
+  if (as_it_lies<bf16_t>(type, dim, width) && count == kTileRows) {
+    const int64_t stride = row[1] - row[0];
+    bool regular = true;
+    for (int64_t r = 2; r < kTileRows; ++r) regular &= row[r] - row[r - 1] == stride;
+    if (regular) return {reinterpret_cast<const bf16_t*>(row[0]), stride};
+  }
+  for (int64_t r = 0; r < count; ++r) widen_row(type, row[r], dim, width, stage + r * width);
+  for (int64_t i = count * width; i < kTileRows * width; ++i) stage[i] = bf16_t{};
+  return {stage, width * static_cast<int64_t>(sizeof(bf16_t))};
+}
+
+// acc[32 keys][16 queries] to rows of scores: to[rows][kPanel].
+inline void turn_scores(const float* acc, int64_t rows, float* to) {
+  for (int64_t r0 = 0; r0 < rows; r0 += kLanes)
+    for (int64_t k = 0; k < kPanel; k += kLanes) {
+      Vec v[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) v[i] = load(acc + (k + i) * kTileRows + r0);
+      transpose(v);
+      for (int64_t i = 0; i < kLanes && r0 + i < rows; ++i) store(to + (r0 + i) * kPanel + k, v[i]);
+    }
+}
+
+// Values [first, first + keys), zipped: to[panel][kZipKeys / 2][kPanel][2].
+constexpr int64_t kZipKeys = 64;
+inline void zip_values(KvType type, const ChunkRows& rows, int64_t first, int64_t keys, int64_t dim,
+                       int64_t width, bf16_t* stage, bf16_t* to, FetchAhead& ahead) {
+  const bool direct = as_it_lies<bf16_t>(type, dim, kPanel);
+  for (int64_t k = 0; k < keys; k += 2) {
+    const bf16_t* pair[2];
+    for (int64_t j = 0; j < 2; ++j) {
+      const int64_t at = first + k + j;
+      bf16_t* mine = stage + j * width;
+      pair[j] = mine;
+      if (at >= rows.count) {
+        for (int64_t i = 0; i < width; ++i) mine[i] = bf16_t{};
+      } else if (direct) {
+        pair[j] = reinterpret_cast<const bf16_t*>(rows.row[at]);
+      } else {
+        widen_row(type, rows.row[at], dim, width, mine);
+      }
+    }
+    for (int64_t d = 0; d < width; d += 2 * kLanes)
+      zip(pair[0] + d, pair[1] + d,
+          to + d / kPanel * kZipKeys * kPanel + k * kPanel + 2 * (d % kPanel));
+    ahead.step(2 * FetchAhead::kOne);
+  }
+}
+
+template <>
+struct FewRows<AmxTile> {
+  static constexpr int64_t kRows = kTileRows;
+
+  // scores[panel][kRows][kPanel] of `count` packed queries. stage: kPanel rows of width elements.
+  static void scores(KvType type, const ChunkRows& keys, int64_t dim, int64_t width,
+                     const bf16_t* queries, int64_t count, bf16_t* stage, float* scores,
+                     FetchAhead& ahead) {
+    constexpr int64_t kRow = kTileRows * sizeof(float);
+    const int64_t step = kPanel * FetchAhead::kOne * kDotStep / width;
+    alignas(64) float acc[kPanel * kTileRows];
+    Tiles tiles;
+    for (int64_t first = 0; first < keys.count; first += kPanel) {
+      const TileSource low = key_rows(type, keys, first, dim, width, stage);
+      const TileSource high =
+          key_rows(type, keys, first + kTileRows, dim, width, stage + kTileRows * width);
+      tiles.zero<0>();
+      tiles.zero<1>();
+      for (int64_t i = 0; i < width; i += kDotStep) {
+        tiles.load<6>(queries + i * kTileRows, kRow);
+        tiles.load<4>(low.first + i, low.stride);
+        tiles.dot_bf16<0, 4, 6>();
+        tiles.load<5>(high.first + i, high.stride);
+        tiles.dot_bf16<1, 5, 6>();
+        ahead.step(step);
+      }
+      tiles.store<0>(acc, kRow);
+      tiles.store<1>(acc + kTileRows * kTileRows, kRow);
+      turn_scores(acc, count, scores + first * kRows);
+    }
+  }
+
+  // products[panel][count][kPanel] = weights v, a panel for each kPanel columns of v.
+  static void values(KvType type, const ChunkRows& values, int64_t dim, int64_t width,
+                     const bf16_t* weights, int64_t weights_row, int64_t count, bf16_t* stage,
+                     bf16_t* zipped, float* products, FetchAhead& ahead) {
+    constexpr int64_t kRow = kPanel * sizeof(float);
+    Tiles tiles(static_cast<int>(count));
+    for (int64_t first = 0; first < values.count; first += kZipKeys) {
+      const int64_t left = round_up(values.count - first, kDotStep);
+      const int64_t keys = left < kZipKeys ? left : kZipKeys;
+      zip_values(type, values, first, keys, dim, width, stage, zipped, ahead);
+      for (int64_t p = 0; p < width / kPanel; ++p) {
+        float* to = products + p * count * kPanel;
+        if (first) {
+          tiles.load<0>(to, kRow);
+          tiles.load<1>(to + kPanel / 2, kRow);
+        } else {
+          tiles.zero<0>();
+          tiles.zero<1>();
+        }
+        for (int64_t k = 0; k < keys; k += kDotStep) {
+          const bf16_t* b = zipped + (p * kZipKeys + k) * kPanel;
+          tiles.load<4>(weights + first + k, weights_row * static_cast<int64_t>(sizeof(bf16_t)));
+          tiles.load<6>(b, kRow);
+          tiles.dot_bf16<0, 4, 6>();
+          tiles.load<7>(b + kPanel, kRow);
+          tiles.dot_bf16<1, 4, 7>();
+        }
+        tiles.store<0>(to, kRow);
+        tiles.store<1>(to + kPanel / 2, kRow);
+      }
+    }
+  }
+};
+
+#endif
+
+}  // namespace
+}  // namespace lmfuse::LMFUSE_ISA

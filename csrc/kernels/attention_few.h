@@ -107,29 +107,38 @@ inline void turn_scores(const float* acc, int64_t rows, float* to) {
     }
 }
 
-// Values [first, first + keys), zipped: to[panel][kZipKeys / 2][kPanel][2].
+// Two rows of values, zipped: to[panel][kZipKeys / 2][kPanel][2].
 constexpr int64_t kZipKeys = 64;
+template <class T>
+LMFUSE_INLINE void zip_rows(const T* a, const T* b, int64_t width, bf16_t* to) {
+  for (int64_t d = 0; d < width; d += 2 * kLanes)
+    zip(a + d, b + d, to + d / kPanel * kZipKeys * kPanel + 2 * (d % kPanel));
+}
+
+// Values [first, first + keys); stage: two rows of width elements.
 inline void zip_values(KvType type, const ChunkRows& rows, int64_t first, int64_t keys, int64_t dim,
                        int64_t width, bf16_t* stage, bf16_t* to, FetchAhead& ahead) {
-  const bool direct = as_it_lies<bf16_t>(type, dim, kPanel);
-  for (int64_t k = 0; k < keys; k += 2) {
-    const bf16_t* pair[2];
-    for (int64_t j = 0; j < 2; ++j) {
-      const int64_t at = first + k + j;
-      bf16_t* mine = stage + j * width;
-      pair[j] = mine;
-      if (at >= rows.count) {
-        for (int64_t i = 0; i < width; ++i) mine[i] = bf16_t{};
-      } else if (direct) {
-        pair[j] = reinterpret_cast<const bf16_t*>(rows.row[at]);
-      } else {
-        widen_row(type, rows.row[at], dim, width, mine);
-      }
-    }
-    for (int64_t d = 0; d < width; d += 2 * kLanes)
-      zip(pair[0] + d, pair[1] + d,
-          to + d / kPanel * kZipKeys * kPanel + k * kPanel + 2 * (d % kPanel));
+  for (int64_t k = 0; k < keys; k += 2, to += 2 * kPanel) {
+    const char* const* row = rows.row + first + k;
+    const int64_t left = rows.count - first - k;
     ahead.step(2 * FetchAhead::kOne);
+    if (dim == width && left > 1 && (type == KvType::bf16 || type == KvType::i8)) {
+      if (type == KvType::bf16) {
+        zip_rows(reinterpret_cast<const bf16_t*>(row[0]), reinterpret_cast<const bf16_t*>(row[1]),
+                 width, to);
+      } else {
+        zip_rows(reinterpret_cast<const i8_t*>(row[0]), reinterpret_cast<const i8_t*>(row[1]),
+                 width, to);
+      }
+      continue;
+    }
+    for (int64_t j = 0; j < 2; ++j)
+      if (j < left) {
+        widen_row(type, row[j], dim, width, stage + j * width);
+      } else {
+        for (int64_t i = 0; i < width; ++i) stage[j * width + i] = bf16_t{};
+      }
+    zip_rows(stage, stage + width, width, to);
   }
 }
 

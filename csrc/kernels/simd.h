@@ -10,7 +10,7 @@
 //   load_pairs     2 * kLanes bf16 -> first and second of each pair
 //   interleave, deinterleave   even and odd elements together and apart
 //   transpose(v)   kLanes vectors of kLanes 32-bit elements, rows to columns; bits are kept
-//   zip            2 * kLanes 16-bit elements of each of two rows, in turn
+//   zip            2 * kLanes elements of each of two rows, in turn, as bf16
 //   sum(v)         one fixed tree, whatever the data
 //   Words          kLanes words of 32 bits: load_words, store_words, >>, &, number (to fp32)
 //   byte(w, i)     byte i of each word, signed

@@ -190,6 +190,17 @@ LMFUSE_INLINE Vec widen(__m128i bytes, e4m3_t) {
   const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16(-0x8000));
   return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, magnitude)), _mm512_set1_ps(256.0f))};
 }
+// 2 * kLanes int8 of each row, which bf16 holds: the upper half of a float that is one.
+LMFUSE_INLINE void zip(const i8_t* a, const i8_t* b, bf16_t* to) {
+  for (int64_t i = 0; i < 2 * kLanes; i += kLanes) {
+    const auto wide = [&](const i8_t* p) LMFUSE_LAMBDA {
+      return _mm512_castps_si512(
+          widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)), i8_t{}).v);
+    };
+    _mm512_storeu_si512(to + 2 * i,
+                        _mm512_mask_mov_epi16(_mm512_srli_epi32(wide(a), 16), 0xaaaaaaaa, wide(b)));
+  }
+}
 #define LMFUSE_LOAD_BYTES(T)                                                 \
   LMFUSE_INLINE Vec load(const T* p) {                                       \
     return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{}); \

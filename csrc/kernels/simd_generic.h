@@ -200,6 +200,13 @@ LMFUSE_INLINE void zip(const bf16_t* a, const bf16_t* b, bf16_t* to) {
   }
 }
 
+LMFUSE_INLINE void zip(const i8_t* a, const i8_t* b, bf16_t* to) {
+  for (int64_t i = 0; i < 2 * kLanes; ++i) {
+    narrow(to + 2 * i, widen(a[i]));
+    narrow(to + 2 * i + 1, widen(b[i]));
+  }
+}
+
 template <class T>
 LMFUSE_INLINE void store_low(T* p, Vec a, Vec b) {
   store(p, a);

@@ -122,11 +122,15 @@ class Attend {
       }
     const int64_t last = u.chunk + u.chunk_count;
     for (int64_t c = u.chunk; c < last; ++c) {
+      Found* found = next_;
+      next_ = now_;
+      now_ = found;
       if (c + 1 < last) {
         look_ahead(u.seq, kv_head, c + 1);
       } else if (next) {
         look_ahead(next->seq, next_head, next->chunk);
       } else {
+        next_->seq = nullptr;
         next_->keys.count = next_->values.count = 0;
       }
       chunk(u.seq, c, count, kv_head);
@@ -181,6 +185,7 @@ class Attend {
     if (end > begin) {
       find(*next_, seq, kv_head, begin, end);
     } else {
+      next_->seq = nullptr;
       next_->keys.count = next_->values.count = 0;
     }
   }
@@ -200,7 +205,12 @@ class Attend {
   void chunk(int64_t seq, int64_t c, int64_t count, int64_t kv_head) {
     const int64_t begin = c * kKeyChunk, end = last_seen(0, count, begin + kKeyChunk);
     if (end <= begin) return;
-    find(*now_, seq, kv_head, begin, end);
+    if (now_->seq == &a_.sequences[seq] && now_->kv_head == kv_head && now_->begin == begin) {
+      now_->keys.shorten(end - begin);
+      now_->values.shorten(end - begin);
+    } else {
+      find(*now_, seq, kv_head, begin, end);
+    }
     if constexpr (kFew > 0)
       if (count <= kFew) return few(begin, count);
     const int64_t panels = (end - begin + kPanel - 1) / kPanel;
@@ -243,8 +253,8 @@ class Attend {
   // The weights of row first + r of the unit, row r of its block.
   void weigh(int64_t begin, int64_t first, int64_t r, const Scores& scores, Softmax to) {
     const RowInfo& row = rows_[first + r];
-    const RowSums sums = softmax_row(a_, row, first_head_ + row.head, begin, now_->keys,
-                                     now_->values, scores, weights_ + r * kWeightsRow);
+    const RowSums sums = softmax_row(a_, row, first_head_ + row.head, begin, now_->values, scores,
+                                     weights_ + r * kWeightsRow);
     to.largest[r] = sums.largest;
     to.sum[r] = sums.sum;
   }
@@ -253,12 +263,14 @@ class Attend {
   void few(int64_t begin, int64_t count) {
     FetchAhead ahead({&now_->keys, a_.dim * kv_bytes(a_.key.type)},
                      {&now_->values, a_.value_dim * kv_bytes(a_.value.type)}, next_->keys);
-    FewRows<Tile>::scores(a_.key.type, now_->keys, a_.dim, width_, keys_, count, stage_, scores_,
-                          ahead);
+    FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, now_->keys, a_.dim, width_, keys_,
+                          count, stage_, scores_, ahead);
     alignas(64) float largest[kFew], sum[kFew], old_part[kFew], new_part[kFew];
     const int64_t keys = round_up(now_->keys.count, kPanel);
-    for (int64_t r = 0; r < count; ++r)
+    for (int64_t r = 0; r < count; ++r) {
       weigh(begin, 0, r, {scores_ + r * kPanel, kFew * kPanel, keys}, {largest, sum});
+      ahead.step(FetchAhead::kOfWeights * FetchAhead::kOne / count);
+    }
     join(running_, {largest, sum}, count, old_part, new_part);
     FewRows<Tile>::values(a_.value.type, now_->values, a_.value_dim, value_width_, weights_,
                           kWeightsRow, count, stage_, values_, products_, ahead);
@@ -280,9 +292,11 @@ class Attend {
              scores_, panel_rows);
 
     alignas(64) float largest[kBlock], sum[kBlock], old_part[kBlock], new_part[kBlock];
-    for (int64_t r = 0; r < count; ++r)
-      weigh(begin, first, r, {scores_ + place.at(r, tile.rows()) * kPanel, panel_rows, keys},
-            {largest, sum});
+    for (int64_t r = 0; r < count; ++r) {
+      const Scores scores{scores_ + place.at(r, tile.rows()) * kPanel, panel_rows, keys};
+      if (a_.key.scale) scores.multiply(now_->keys.scale);
+      weigh(begin, first, r, scores, {largest, sum});
+    }
     join({running_.largest + first, running_.sum + first}, {largest, sum}, count, old_part,
          new_part);
 

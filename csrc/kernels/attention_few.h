@@ -12,7 +12,8 @@ namespace {
 
 // The keys of a chunk, its values, and the first of the next keys, fetched strictly one row after
 // the other, kDistance ahead of what is read. A core has room for sixteen lines on their way, 200
-// cycles of reading: what computes longer than that asks for some rows in between.
+// cycles of reading: what computes longer than that asks for some rows in between. So do the
+// weights, for which the keys leave an eighth.
 class FetchAhead {
  public:
   struct Part {
@@ -21,14 +22,15 @@ class FetchAhead {
   };
   FetchAhead(Part keys, Part values, const ChunkRows& next_keys)
       : parts_{keys, values, {&next_keys, keys.bytes}} {
-    const int64_t lead = kDistance / keys.bytes;  // fetched with the chunk before
+    const int64_t lead = kDistance / keys.bytes + kOfWeights;  // fetched with the chunk before
     const int64_t count = keys.rows->count;
     row_ = keys.rows->row + (lead < count ? lead : count);
     end_ = keys.rows->row + count;
   }
 
   // Once `rows` rows, in units of 1 / kOne, are read.
-  static constexpr int64_t kOne = 64;
+  static constexpr int64_t kOne = 64, kOfKeys = kOne * 7 / 8;
+  static constexpr int64_t kOfWeights = kKeyChunk / 8;  // rows
   LMFUSE_INLINE void step(int64_t rows) {
     for (credit_ += rows; credit_ >= kOne; credit_ -= kOne) {
       while (row_ == end_) {
@@ -73,37 +75,42 @@ inline void pack_queries(const bf16_t* rows, int64_t width, bf16_t* to) {
     }
 }
 
-// 16 rows of a tile: where the first is, and how far apart they are, in bytes.
+// 16 rows of a tile: where the first is, how far apart they are, in bytes, and how many of them
+// come straight from the cache.
 struct TileSource {
   const bf16_t* first;
-  int64_t stride;
+  int64_t stride, unread;
 };
 
 // The keys [first, first + 16), from their place if that is regular, else by way of stage.
 inline TileSource key_rows(KvType type, const ChunkRows& rows, int64_t first, int64_t dim,
-                           int64_t width, bf16_t* stage) {
+                           int64_t width, bf16_t* stage, FetchAhead& ahead) {
   const char* const* row = rows.row + first;
   const int64_t left = rows.count - first, count = left < kTileRows ? left : kTileRows;
   if (as_it_lies<bf16_t>(type, dim, width) && count == kTileRows) {
     const int64_t stride = row[1] - row[0];
     bool regular = true;
     for (int64_t r = 2; r < kTileRows; ++r) regular &= row[r] - row[r - 1] == stride;
-    if (regular) return {reinterpret_cast<const bf16_t*>(row[0]), stride};
+    if (regular) return {reinterpret_cast<const bf16_t*>(row[0]), stride, kTileRows};
   }
-  for (int64_t r = 0; r < count; ++r) widen_row(type, row[r], dim, width, stage + r * width);
+  for (int64_t r = 0; r < count; ++r) {
+    widen_row(type, row[r], dim, width, stage + r * width);
+    ahead.step(FetchAhead::kOfKeys);
+  }
   for (int64_t i = count * width; i < kTileRows * width; ++i) stage[i] = bf16_t{};
-  return {stage, width * static_cast<int64_t>(sizeof(bf16_t))};
+  return {stage, width * static_cast<int64_t>(sizeof(bf16_t)), 0};
 }
 
-// acc[32 keys][16 queries] to rows of scores: to[rows][kPanel].
-inline void turn_scores(const float* acc, int64_t rows, float* to) {
+// acc[32 keys][16 queries] to rows of scores, times the scales of the keys: to[rows][kPanel].
+inline void turn_scores(const float* acc, int64_t rows, const float* scale, float* to) {
   for (int64_t r0 = 0; r0 < rows; r0 += kLanes)
     for (int64_t k = 0; k < kPanel; k += kLanes) {
       Vec v[kLanes];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes; ++i) v[i] = load(acc + (k + i) * kTileRows + r0);
       transpose(v);
-      for (int64_t i = 0; i < kLanes && r0 + i < rows; ++i) store(to + (r0 + i) * kPanel + k, v[i]);
+      for (int64_t i = 0; i < kLanes && r0 + i < rows; ++i)
+        store(to + (r0 + i) * kPanel + k, scale ? v[i] * load(scale + k) : v[i]);
     }
 }
 
@@ -147,17 +154,17 @@ struct FewRows<AmxTile> {
   static constexpr int64_t kRows = kTileRows;
 
   // scores[panel][kRows][kPanel] of `count` packed queries. stage: kPanel rows of width elements.
-  static void scores(KvType type, const ChunkRows& keys, int64_t dim, int64_t width,
+  static void scores(KvType type, bool scaled, const ChunkRows& keys, int64_t dim, int64_t width,
                      const bf16_t* queries, int64_t count, bf16_t* stage, float* scores,
                      FetchAhead& ahead) {
     constexpr int64_t kRow = kTileRows * sizeof(float);
-    const int64_t step = kPanel * FetchAhead::kOne * kDotStep / width;
     alignas(64) float acc[kPanel * kTileRows];
     Tiles tiles;
     for (int64_t first = 0; first < keys.count; first += kPanel) {
-      const TileSource low = key_rows(type, keys, first, dim, width, stage);
+      const TileSource low = key_rows(type, keys, first, dim, width, stage, ahead);
       const TileSource high =
-          key_rows(type, keys, first + kTileRows, dim, width, stage + kTileRows * width);
+          key_rows(type, keys, first + kTileRows, dim, width, stage + kTileRows * width, ahead);
+      const int64_t step = (low.unread + high.unread) * FetchAhead::kOfKeys * kDotStep / width;
       tiles.zero<0>();
       tiles.zero<1>();
       for (int64_t i = 0; i < width; i += kDotStep) {
@@ -170,7 +177,7 @@ struct FewRows<AmxTile> {
       }
       tiles.store<0>(acc, kRow);
       tiles.store<1>(acc + kTileRows * kTileRows, kRow);
-      turn_scores(acc, count, scores + first * kRows);
+      turn_scores(acc, count, scaled ? keys.scale + first : nullptr, scores + first * kRows);
     }
   }
 

@@ -17,6 +17,10 @@ struct ChunkRows {
   const char* row[kKeyChunk];
   float scale[kKeyChunk];
   int64_t count;
+
+  void shorten(int64_t to) {
+    for (; count > to; --count) scale[count - 1] = 0.0f;
+  }
 };
 
 LMFUSE_INLINE int64_t kv_bytes(KvType type) {

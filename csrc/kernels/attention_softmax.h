@@ -53,6 +53,10 @@ struct Scores {
   LMFUSE_INLINE float* operator[](int64_t i) const {
     return at + i / kPanel * panel_stride + i % kPanel;
   }
+  void multiply(const float* factors) const {
+    for (int64_t i = 0; i < count; i += kLanes)
+      store((*this)[i], load((*this)[i]) * load(factors + i));
+  }
   void hide(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end;) {
       const int64_t stop = i / kPanel * kPanel + kPanel, n = (stop < end ? stop : end) - i;
@@ -101,13 +105,13 @@ inline bool mask_row(const AttentionArgs& a, const RowInfo& row, int64_t head, i
 }
 
 LMFUSE_INLINE bool is_plain(const AttentionArgs& a) {
-  return a.mask.type == AttentionMask::Type::none && !a.alibi && !a.key.scale &&
-         a.softcap == 0.0f && a.scale > 0.0f;
+  return a.mask.type == AttentionMask::Type::none && !a.alibi && a.softcap == 0.0f &&
+         a.scale > 0.0f;
 }
 
 // Everything but the exponential, for calls that ask for more than a scale and a range.
 inline void bias_scores(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
-                        int64_t visible, const ChunkRows& keys, const Scores& scores) {
+                        int64_t visible, const Scores& scores) {
   alignas(64) float mask[kKeyChunk] = {}, distance[kKeyChunk];
   const bool masked = mask_row(a, row, head, begin, visible, mask);
   const float slope = a.alibi ? a.alibi[row.seq * a.alibi_stride + head] : 0.0f;
@@ -116,7 +120,6 @@ inline void bias_scores(const AttentionArgs& a, const RowInfo& row, int64_t head
       distance[i] = static_cast<float>(begin + i - row.position);
   for (int64_t i = 0; i < scores.count; i += kLanes) {
     Vec s = load(scores[i]) * broadcast(a.scale);
-    if (a.key.scale) s = s * load(keys.scale + i);
     if (a.softcap != 0.0f) s = broadcast(a.softcap) * tanh(s * broadcast(1.0f / a.softcap));
     if (a.alibi) s = s - broadcast(slope) * abs(load(distance + i));
     if (masked) s = s + load(mask + i);
@@ -159,14 +162,13 @@ struct RowSums {
 // change nothing.
 template <class Input>
 RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
-                    const ChunkRows& keys, const ChunkRows& values, const Scores& scores,
-                    Input* weights) {
+                    const ChunkRows& values, const Scores& scores, Input* weights) {
   const int64_t from = row.begin > begin ? row.begin - begin : 0;
   int64_t to = row.end - begin < scores.count ? row.end - begin : scores.count;
   if (to < from) to = from;
   float scale = a.scale;
   if (!is_plain(a)) {
-    bias_scores(a, row, head, begin, to, keys, scores);
+    bias_scores(a, row, head, begin, to, scores);
     scale = 1.0f;
   }
   scale *= kLog2E;

@@ -22,11 +22,14 @@ struct Options {
   double key_scale, value_scale;
 };
 
-const float* float_vector(std::optional<Tensor>& t, int64_t n, const char* name) {
+// [n], or where batch is given also [batch, n].
+const float* float_vector(std::optional<Tensor>& t, int64_t n, int64_t batch, const char* name) {
   if (!t) return nullptr;
-  LMFUSE_CHECK(
-      t->is_cpu() && t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == n,
-      name, " must be a contiguous CPU tensor of ", n, " float32");
+  const int64_t dim = t->dim();
+  LMFUSE_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float && dim > 0 &&
+                   t->size(dim - 1) == n && (dim == 1 || (dim == 2 && t->size(0) == batch)),
+               name, " must be a CPU tensor of ", n, " float32");
+  if (!t->is_contiguous()) t = torch::stable::contiguous(*t);
   return static_cast<const float*>(t->const_data_ptr());
 }
 
@@ -69,10 +72,17 @@ void set_options(AttentionArgs& a, Options& o, int64_t batch) {
   a.window_right = o.causal ? 0 : o.window_right < 0 ? kFar : std::min(o.window_right, kFar);
   if (o.alibi) {
     const bool each = o.alibi->dim() == 2;
-    a.alibi = float_vector(o.alibi, each ? batch * a.heads : a.heads, "alibi");
+    a.alibi = float_vector(o.alibi, a.heads, batch, "alibi");
     a.alibi_stride = each ? a.heads : 0;
   }
-  a.sinks = float_vector(o.sinks, a.heads, "sinks");
+  a.sinks = float_vector(o.sinks, a.heads, -1, "sinks");
+}
+
+// t with contiguous rows: itself, or a copy.
+Tensor with_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  const bool good = last < 0 || t.size(last) <= 1 || t.stride(last) == 1;
+  return good ? t : torch::stable::contiguous(t);
 }
 
 // Rows of heads in dimension s of a query or a result; heads are in dimension h.
@@ -106,12 +116,15 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
                  std::optional<Tensor> key_scales, std::optional<Tensor> value_scales, double scale,
                  bool causal, int64_t window_left, int64_t window_right, double softcap,
                  double key_scale, double value_scale) {
+  query = with_rows(query);
+  key = with_rows(key);
+  value = with_rows(value);
+  check_heads(query, 4, "query");
   check_heads(key, 4, "key");
   check_heads(value, 4, "value");
   const int64_t batch = query.size(0), q_len = query.size(1), kv_len = key.size(1);
-  LMFUSE_CHECK(query.dim() == 4 && key.size(0) == batch && key.size(3) == query.size(3) &&
-                   value.size(0) == batch && value.size(1) == kv_len &&
-                   value.size(2) == key.size(2),
+  LMFUSE_CHECK(key.size(0) == batch && key.size(3) == query.size(3) && value.size(0) == batch &&
+                   value.size(1) == kv_len && value.size(2) == key.size(2),
                "query, key and value do not belong together");
   const int64_t sizes[4] = {batch, q_len, query.size(2), value.size(3)};
   Tensor out = empty(sizes, 4, query);
@@ -164,6 +177,10 @@ struct Lengths {
 void attention_varlen(Tensor query, Tensor key, Tensor value, Tensor out, Tensor cu_q, Tensor cu_k,
                       std::optional<Tensor> alibi, std::optional<Tensor> sinks, double scale,
                       bool causal, int64_t window_left, int64_t window_right, double softcap) {
+  query = with_rows(query);
+  key = with_rows(key);
+  value = with_rows(value);
+  check_heads(query, 3, "query");
   check_heads(key, 3, "key");
   check_heads(value, 3, "value");
   LMFUSE_CHECK(
@@ -196,17 +213,16 @@ void attention_varlen(Tensor query, Tensor key, Tensor value, Tensor out, Tensor
 }
 
 // The blocks that each sequence needs, all of them inside of the cache.
-std::vector<int32_t> blocks_of(const Tensor& tables, const std::vector<int64_t>& lens,
-                               int64_t block, int64_t blocks) {
-  const int64_t width = tables.size(1), count = static_cast<int64_t>(lens.size());
-  const std::vector<int64_t> all = integers(tables, "block_tables");
+std::vector<int32_t> blocks_of(const Integers& tables, int64_t width,
+                               const std::vector<int64_t>& lens, int64_t block, int64_t blocks) {
+  const int64_t count = static_cast<int64_t>(lens.size());
   std::vector<int32_t> own(count * width, 0);
   for (int64_t b = 0; b < count; ++b) {
     LMFUSE_CHECK_VALUE(lens[b] >= 0 && lens[b] <= width * block, "the length of sequence ", b,
                        " is ", lens[b], ", but its row of block_tables has room for ", width,
                        " blocks of ", block);
     for (int64_t i = 0; i * block < lens[b]; ++i) {
-      const int64_t entry = all[b * width + i];
+      const int64_t entry = tables[b * width + i];
       LMFUSE_CHECK_VALUE(entry >= 0 && entry < blocks, "block_tables[", b, ", ", i, "] is ", entry,
                          ", but the cache has ", blocks, " blocks");
       own[b * width + i] = static_cast<int32_t>(entry);
@@ -224,12 +240,15 @@ void attention_paged(Tensor query, Tensor key_cache, Tensor value_cache, Tensor 
                      std::optional<Tensor> key_scales, std::optional<Tensor> value_scales,
                      double scale, bool causal, int64_t window_left, int64_t window_right,
                      double softcap, double key_scale, double value_scale) {
+  query = with_rows(query);
+  check_heads(query, 3, "query");
   check_heads(key_cache, 4, "key_cache");
   check_heads(value_cache, 4, "value_cache");
   LMFUSE_CHECK(key_cache.size(3) == query.size(2) && value_cache.size(0) == key_cache.size(0) &&
                    value_cache.size(1) == key_cache.size(1) &&
                    value_cache.size(2) == key_cache.size(2),
                "query, key_cache and value_cache do not belong together");
+  LMFUSE_CHECK(same_type(key_cache, value_cache), "the caches must have one dtype");
   LMFUSE_CHECK(tables.dim() == 2, "block_tables must have two dimensions");
   AttentionArgs a{};
   set_query(a, query, out, 3);
@@ -252,11 +271,12 @@ void attention_paged(Tensor query, Tensor key_cache, Tensor value_cache, Tensor 
   std::vector<int64_t> first(batch + 1);
   for (int64_t b = 0; b <= batch; ++b) first[b] = b;
   if (cu_q) first = Lengths(*cu_q, query.size(0), "cu_seqlens_q").first;
-  LMFUSE_CHECK_VALUE(
-      static_cast<int64_t>(first.size()) == batch + 1 && first[batch] <= query.size(0),
-      "there are queries for ", static_cast<int64_t>(first.size()) - 1,
-      " sequences, and lengths for ", batch);
-  const std::vector<int32_t> own = blocks_of(tables, kv_lens, a.block, key_cache.size(0));
+  LMFUSE_CHECK_VALUE(static_cast<int64_t>(first.size()) == batch + 1 &&
+                         (cu_q ? first[batch] <= query.size(0) : batch == query.size(0)),
+                     "there are queries for ", static_cast<int64_t>(first.size()) - 1,
+                     " sequences, and lengths for ", batch);
+  const std::vector<int32_t> own = blocks_of(Integers(tables, "block_tables"), tables.size(1),
+                                             kv_lens, a.block, key_cache.size(0));
   Options o{{},          alibi,        sinks,   scale,     causal,
             window_left, window_right, softcap, key_scale, value_scale};
   set_options(a, o, batch);
@@ -308,12 +328,14 @@ std::vector<int32_t> columns_of(const Tensor& beam_idx, int64_t rows, int64_t ba
 Tensor attention_indirect(Tensor query, Tensor key_cache, Tensor value_cache, Tensor beam_idx,
                           int64_t kv_len, std::optional<Tensor> mask, std::optional<Tensor> alibi,
                           double scale, bool causal) {
+  query = with_rows(query);
+  check_heads(query, 4, "query");
   check_heads(key_cache, 4, "key_cache");
   check_heads(value_cache, 4, "value_cache");
   const int64_t batch = query.size(0), q_len = query.size(1), rows = key_cache.size(0);
-  LMFUSE_CHECK(query.dim() == 4 && key_cache.size(1) == batch &&
-                   key_cache.size(3) == query.size(3) && value_cache.size(0) == rows &&
-                   value_cache.size(1) == batch && value_cache.size(2) == key_cache.size(2),
+  LMFUSE_CHECK(key_cache.size(1) == batch && key_cache.size(3) == query.size(3) &&
+                   value_cache.size(0) == rows && value_cache.size(1) == batch &&
+                   value_cache.size(2) == key_cache.size(2),
                "query, key_cache and value_cache do not belong together");
   LMFUSE_CHECK(beam_idx.is_cpu() && beam_idx.scalar_type() == ScalarType::Long &&
                    beam_idx.is_contiguous() && beam_idx.dim() == 2 &&

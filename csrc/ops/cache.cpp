@@ -8,6 +8,9 @@ namespace {
 void cache_write(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slots,
                  std::optional<Tensor> key_scales, std::optional<Tensor> value_scales,
                  double key_scale, double value_scale) {
+  if (key.dim() == 3 && key.size(2) > 1 && key.stride(2) != 1) key = torch::stable::contiguous(key);
+  if (value.dim() == 3 && value.size(2) > 1 && value.stride(2) != 1)
+    value = torch::stable::contiguous(value);
   const auto side = [&](const Tensor& from, const Tensor& to, std::optional<Tensor>& scales,
                         double scale, const char* name) {
     LMFUSE_CHECK(from.is_cpu() && to.is_cpu() && from.dim() == 3 && to.dim() == 4 &&

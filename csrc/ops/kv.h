@@ -59,16 +59,32 @@ inline KvSource kv_source(const Tensor& t, const std::optional<Tensor>& scales, 
   return s;
 }
 
-// All elements of a tensor of int32 or int64, in order.
-inline std::vector<int64_t> integers(Tensor t, const char* name) {
-  const bool wide = t.scalar_type() == ScalarType::Long;
-  LMFUSE_CHECK(t.is_cpu() && (wide || t.scalar_type() == ScalarType::Int), name,
-               " must be a CPU tensor of int32 or int64");
-  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
-  std::vector<int64_t> values(t.numel());
-  for (int64_t i = 0; i < t.numel(); ++i)
-    values[i] = wide ? static_cast<const int64_t*>(t.const_data_ptr())[i]
-                     : static_cast<const int32_t*>(t.const_data_ptr())[i];
+// The elements of a tensor of int32 or int64, in order.
+class Integers {
+ public:
+  Integers(const Tensor& t, const char* name)
+      : t_(t.is_contiguous() ? t : torch::stable::contiguous(t)),
+        at_(t_.const_data_ptr()),
+        wide_(t.scalar_type() == ScalarType::Long) {
+    LMFUSE_CHECK(t.is_cpu() && (wide_ || t.scalar_type() == ScalarType::Int), name,
+                 " must be a CPU tensor of int32 or int64");
+  }
+  int64_t count() const { return t_.numel(); }
+  int64_t operator[](int64_t i) const {
+    return wide_ ? static_cast<const int64_t*>(at_)[i] : static_cast<const int32_t*>(at_)[i];
+  }
+
+ private:
+  Tensor t_;
+  const void* at_;
+  bool wide_;
+};
+
+inline std::vector<int64_t> integers(const Tensor& t, const char* name) {
+  LMFUSE_CHECK(t.dim() == 1, name, " must have one dimension");
+  const Integers from(t, name);
+  std::vector<int64_t> values(from.count());
+  for (int64_t i = 0; i < from.count(); ++i) values[i] = from[i];
   return values;
 }
 

@@ -1,6 +1,11 @@
-"""The checks that all the attention functions share."""
+"""The checks that all the attention functions share.
+
+The ops look first; the checks of tensors are made where an op refused, and while tracing.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32, int8
@@ -21,8 +26,8 @@ def cpu(name: str, x: object) -> Tensor:
     return x
 
 
-def heads(name: str, x: Tensor, layout: str, kv: bool = False) -> Tensor:
-    """`x`, with contiguous rows, if it has the dimensions that `layout` names."""
+def heads(name: str, x: Tensor, layout: str, kv: bool = False) -> None:
+    """Raises unless `x` has the dimensions that `layout` names and a dtype that can be."""
     if kv:
         cpu(name, x)
         if x.dtype not in KV_DTYPES:
@@ -35,7 +40,14 @@ def heads(name: str, x: Tensor, layout: str, kv: bool = False) -> Tensor:
     dims = layout.count(",") + 1
     if x.dim() != dims:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be {layout}")
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def default_scale(query: Tensor) -> float:
+    """1/√dim; 1 where query is none, which its check then says."""
+    try:
+        return 1.0 / math.sqrt(query.shape[-1])
+    except (AttributeError, IndexError, ZeroDivisionError):
+        return 1.0
 
 
 def groups(query_heads: int, kv_heads: int, of: str) -> None:
@@ -69,12 +81,15 @@ def softcap(x: float) -> float:
     return value
 
 
-def slopes(
-    name: str, x: Tensor | None, query_heads: int, batch: int | None = None
-) -> Tensor | None:
-    """A float32 tensor [heads] or, where `batch` is given, [batch, heads]; None stays None."""
+def floats(x: Tensor | None) -> Tensor | None:
+    """`x` as float32, if it is a tensor; what else it is, its check says."""
+    return x.float() if isinstance(x, Tensor) and x.dtype is not float32 else x
+
+
+def slopes(name: str, x: Tensor | None, query_heads: int, batch: int | None = None) -> None:
+    """Raises unless `x` is None, [heads] or, where `batch` is given, [batch, heads]."""
     if x is None:
-        return None
+        return
     _check.tensor(name, x)
     shapes = [(query_heads,)] if batch is None else [(query_heads,), (batch, query_heads)]
     if tuple(x.shape) not in shapes:
@@ -82,15 +97,22 @@ def slopes(
             f"{name} has shape {tuple(x.shape)}, but must have shape "
             f"{' or '.join(str(s) for s in shapes)}"
         )
-    return x.to(float32).contiguous()
+
+
+def four_dims(x: Tensor | None) -> Tensor | None:
+    """A mask with its missing dimensions; more than four, its check says."""
+    if isinstance(x, Tensor):
+        while x.dim() < 4:
+            x = x.unsqueeze(0)
+    return x
 
 
 def mask(
     name: str, x: Tensor | None, batch: int, query_heads: int, queries: int, keys: int
-) -> Tensor | None:
-    """`x` in four dimensions, each of the size given here or 1."""
+) -> None:
+    """Raises unless `x` is None or broadcasts to the four sizes."""
     if x is None:
-        return None
+        return
     cpu(name, x)
     if x.dtype not in _MASK_DTYPES:
         raise TypeError(
@@ -105,20 +127,17 @@ def mask(
             f"{name} has shape {tuple(x.shape)}, which cannot broadcast to [batch, heads, queries, "
             f"keys], {sizes}"
         )
-    while x.dim() < 4:
-        x = x.unsqueeze(0)
-    return x
 
 
-def token_scales(name: str, x: Tensor | None, of: str, kv: Tensor) -> Tensor | None:
-    """Scales of int8 keys or values: one for each token and head, and only for int8."""
+def token_scales(name: str, x: Tensor | None, of: str, kv: Tensor) -> None:
+    """Raises unless int8 has scales, one for each token and head, and nothing else has."""
     if (kv.dtype is int8) != (x is not None):
         raise TypeError(
             f"{of} is {kv.dtype}; int8, and nothing else, needs {name}, float32, one for each "
             "token and head"
         )
     if x is None:
-        return None
+        return
     cpu(name, x)
     if x.dtype is not float32:
         raise TypeError(f"{name} is {x.dtype}, but must be float32")
@@ -127,14 +146,12 @@ def token_scales(name: str, x: Tensor | None, of: str, kv: Tensor) -> Tensor | N
             f"{name} has shape {tuple(x.shape)}, but must have {tuple(kv.shape[:-1])}, one for "
             f"each token and head of {of}"
         )
-    return x
 
 
-def indices(name: str, x: Tensor, dims: int) -> Tensor:
-    """`x`, if it is int32 or int64 of so many dimensions."""
+def indices(name: str, x: Tensor, dims: int) -> None:
+    """Raises unless `x` is int32 or int64 of so many dimensions."""
     cpu(name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} is {x.dtype}, but must be int32 or int64")
     if x.dim() != dims:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but must have {dims} dimension(s)")
-    return x

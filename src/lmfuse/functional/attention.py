@@ -20,8 +20,7 @@ softmax, 2018; Press et al., ALiBi, 2021.
 
 from __future__ import annotations
 
-import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,39 +73,25 @@ def attention(
     Raises:
         TypeError, ValueError: an argument that cannot be; see the text of the error.
     """
-    query = _attention.heads("query", query, "[batch, q_len, heads, dim]")
-    key = _attention.heads("key", key, "[batch, kv_len, kv_heads, dim]", kv=True)
-    value = _attention.heads("value", value, "[batch, kv_len, kv_heads, value_dim]", kv=True)
-    batch, q_len, heads, dim = query.shape
-    kv_len = key.shape[1]
-    _attention.equal("key", key.shape[0], batch, "batch size", "query")
-    _attention.equal("key", key.shape[3], dim, "head dimension", "query")
-    _attention.equal("value", value.shape[0], batch, "batch size", "query")
-    _attention.equal("value", value.shape[1], kv_len, "length", "key")
-    _attention.equal("value", value.shape[2], key.shape[2], "number of heads", "key")
-    _attention.groups(heads, key.shape[2], "key")
     left, right = window
-    return cast(
-        Tensor,
-        call(
-            _op_attention,
-            query,
-            key,
-            value,
-            _attention.mask("mask", mask, batch, heads, q_len, kv_len),
-            _attention.slopes("alibi", alibi, heads, batch),
-            _attention.slopes("sinks", sinks, heads),
-            _attention.token_scales("key_scales", key_scales, "key", key),
-            _attention.token_scales("value_scales", value_scales, "value", value),
-            1.0 / math.sqrt(dim) if scale is None else _attention.number("scale", scale),
-            causal,
-            left,
-            right,
-            _attention.softcap(softcap),
-            _attention.number("key_scale", key_scale),
-            _attention.number("value_scale", value_scale),
-        ),
+    args = (
+        query,
+        key,
+        value,
+        _attention.four_dims(mask),
+        _attention.floats(alibi),
+        _attention.floats(sinks),
+        key_scales,
+        value_scales,
+        _attention.default_scale(query) if scale is None else _attention.number("scale", scale),
+        causal,
+        left,
+        right,
+        _attention.softcap(softcap),
+        _attention.number("key_scale", key_scale),
+        _attention.number("value_scale", value_scale),
     )
+    return cast(Tensor, call(_op_attention, *args, check=_check_attention))
 
 
 def varlen_attention(
@@ -160,9 +145,85 @@ def varlen_attention(
         raise ValueError("return_softmax must be False: the weights are never stored")
     if gen_ is not None:
         raise ValueError("gen_ must be None: without dropout there is nothing random")
-    query = _attention.heads("query", query, "[tokens, heads, dim]")
-    key = _attention.heads("key", key, "[tokens, kv_heads, dim]", kv=True)
-    value = _attention.heads("value", value, "[tokens, kv_heads, value_dim]", kv=True)
+    check_out(out)
+    args = (
+        query,
+        key,
+        value,
+        out,
+        seqlen_q,
+        seqlen_k,
+        _attention.floats(alibi_slopes),
+        None,
+        _attention.number("softmax_scale", softmax_scale),
+        is_causal,
+        window_size_left,
+        window_size_right,
+        _attention.softcap(softcap),
+    )
+    if zero_tensors:
+        _check_varlen(*args)
+        out.zero_()
+    call(_op_varlen, *args, written=(3,), check=_check_varlen)
+    return out
+
+
+def check_out(out: Tensor, name: str = "out") -> None:
+    """Raises unless `out` can be written in place, which no op sees."""
+    _check.tensor(name, out)
+    _check.writable(name, out)
+
+
+def check_result(out: Tensor, query: Tensor, shape: tuple[int, ...], name: str = "out") -> None:
+    """Raises unless `out` can take a result of `shape` and the dtype of query."""
+    if out.dtype != query.dtype:
+        raise TypeError(f"{name} is {out.dtype}, but must be {query.dtype}, the dtype of query")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(out.shape)}, but must have shape {shape}")
+
+
+def _check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    *_: object,
+) -> None:
+    _attention.heads("query", query, "[batch, q_len, heads, dim]")
+    _attention.heads("key", key, "[batch, kv_len, kv_heads, dim]", kv=True)
+    _attention.heads("value", value, "[batch, kv_len, kv_heads, value_dim]", kv=True)
+    batch, q_len, heads, dim = query.shape
+    kv_len = key.shape[1]
+    _attention.equal("key", key.shape[0], batch, "batch size", "query")
+    _attention.equal("key", key.shape[3], dim, "head dimension", "query")
+    _attention.equal("value", value.shape[0], batch, "batch size", "query")
+    _attention.equal("value", value.shape[1], kv_len, "length", "key")
+    _attention.equal("value", value.shape[2], key.shape[2], "number of heads", "key")
+    _attention.groups(heads, key.shape[2], "key")
+    _attention.mask("mask", mask, batch, heads, q_len, kv_len)
+    _attention.slopes("alibi", alibi, heads, batch)
+    _attention.slopes("sinks", sinks, heads)
+    _attention.token_scales("key_scales", key_scales, "key", key)
+    _attention.token_scales("value_scales", value_scales, "value", value)
+
+
+def _check_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    seqlen_q: Tensor,
+    seqlen_k: Tensor,
+    alibi_slopes: Tensor | None,
+    *_: object,
+) -> None:
+    _attention.heads("query", query, "[tokens, heads, dim]")
+    _attention.heads("key", key, "[tokens, kv_heads, dim]", kv=True)
+    _attention.heads("value", value, "[tokens, kv_heads, value_dim]", kv=True)
     _attention.token_scales("scales, which this function does not take", None, "key", key)
     _attention.token_scales("scales, which this function does not take", None, "value", value)
     tokens, heads, dim = query.shape
@@ -170,47 +231,19 @@ def varlen_attention(
     _attention.equal("value", value.shape[0], key.shape[0], "length", "key")
     _attention.equal("value", value.shape[1], key.shape[1], "number of heads", "key")
     _attention.groups(heads, key.shape[1], "key")
-    check_out(out, query, (tokens, heads, value.shape[2]))
-    seqlen_q = _attention.indices("seqlen_q", seqlen_q, 1)
-    seqlen_k = _attention.indices("seqlen_k", seqlen_k, 1)
+    check_result(out, query, (tokens, heads, value.shape[2]))
+    _attention.indices("seqlen_q", seqlen_q, 1)
+    _attention.indices("seqlen_k", seqlen_k, 1)
     _attention.equal("seqlen_k", seqlen_k.shape[0], seqlen_q.shape[0], "length", "seqlen_q")
-    if zero_tensors:
-        out.zero_()
-    call(
-        _op_varlen,
-        query,
-        key,
-        value,
-        out,
-        seqlen_q,
-        seqlen_k,
-        _attention.slopes("alibi_slopes", alibi_slopes, heads, seqlen_q.shape[0] - 1),
-        None,
-        _attention.number("softmax_scale", softmax_scale),
-        is_causal,
-        window_size_left,
-        window_size_right,
-        _attention.softcap(softcap),
-        written=(3,),
-    )
-    return out
-
-
-def check_out(out: Tensor, query: Tensor, shape: tuple[int, ...], name: str = "out") -> None:
-    """Raises unless `out` can take a result of `shape` and the dtype of query in place."""
-    _check.tensor(name, out)
-    if out.dtype != query.dtype:
-        raise TypeError(f"{name} is {out.dtype}, but must be {query.dtype}, the dtype of query")
-    if tuple(out.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(out.shape)}, but must have shape {shape}")
-    _check.writable(name, out)
+    _attention.slopes("alibi_slopes", alibi_slopes, heads, seqlen_q.shape[0] - 1)
 
 
 @register_fake("attention")
-def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    _check_attention(query, key, value, *rest)
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
 @register_fake("attention_varlen")
-def _(*_: object) -> None:
-    return None
+def _(*args: Any) -> None:
+    _check_varlen(*args)

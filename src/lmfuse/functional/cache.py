@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,8 @@ def check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
     """Raises unless both are [blocks, kv_heads, block_size, dim] and belong together."""
     layout = "[blocks, kv_heads, block_size, dim]"
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if _attention.heads(name, cache, layout, kv=True) is not cache:
+        _attention.heads(name, cache, layout, kv=True)
+        if cache.shape[-1] > 1 and cache.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension")
     if key_cache.shape[:3] != value_cache.shape[:3]:
         raise ValueError(
@@ -79,10 +82,40 @@ def reshape_and_cache(
         TypeError, ValueError: an argument that cannot be, or a slot beyond the cache; see the text
             of the error.
     """
+    if kv_cache_dtype != "auto":
+        check_cache_dtype("key_cache", kv_cache_dtype, key_cache)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if _attention.number(name, scale) == 0.0:
+            raise ValueError(f"{name} is 0, but the cache holds what is divided by it")
+    _check_writable(key_cache, value_cache)
+    args = (key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales)
+    scales = float(k_scale), float(v_scale)
+    call(_cache_write, *args, *scales, written=(2, 3), check=_check_cache_write)
+    return key_cache, value_cache
+
+
+def _check_writable(key_cache: Tensor, value_cache: Tensor) -> None:
+    """Which the op does not see."""
+    if torch.compiler.is_compiling():  # symbolic strides cannot be sorted
+        return
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if isinstance(cache, Tensor) and cache.dim():
+            _check.writable(name, cache)
+
+
+def _check_cache_write(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    *_: object,
+) -> None:
     check_caches(key_cache, value_cache)
-    check_cache_dtype("key_cache", kv_cache_dtype, key_cache)
-    key = _attention.heads("key", key, "[tokens, kv_heads, dim]")
-    value = _attention.heads("value", value, "[tokens, kv_heads, dim]")
+    _attention.heads("key", key, "[tokens, kv_heads, dim]")
+    _attention.heads("value", value, "[tokens, kv_heads, dim]")
     if value.dtype != key.dtype:
         raise TypeError(f"value is {value.dtype}, but must be {key.dtype}, the dtype of key")
     if key_cache.dtype in _check.FLOATS and key_cache.dtype != key.dtype:
@@ -93,32 +126,13 @@ def reshape_and_cache(
     for name, x, cache in (("key", key, key_cache), ("value", value, value_cache)):
         _attention.equal(name, x.shape[1], cache.shape[1], "number of heads", f"{name}_cache")
         _attention.equal(name, x.shape[2], cache.shape[3], "head dimension", f"{name}_cache")
-        if not torch.compiler.is_compiling():  # symbolic strides cannot be sorted
-            _check.writable(f"{name}_cache", cache)
     _attention.equal("value", value.shape[0], key.shape[0], "length", "key")
-    slots = _attention.indices("slot_mapping", slot_mapping, 1)
+    _attention.indices("slot_mapping", slots, 1)
     _attention.equal("slot_mapping", slots.shape[0], key.shape[0], "length", "key")
-    key_scales = _attention.token_scales("key_scales", key_scales, "key_cache", key_cache)
-    value_scales = _attention.token_scales("value_scales", value_scales, "value_cache", value_cache)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if _attention.number(name, scale) == 0.0:
-            raise ValueError(f"{name} is 0, but the cache holds what is divided by it")
-    call(
-        _cache_write,
-        key,
-        value,
-        key_cache,
-        value_cache,
-        slots,
-        key_scales,
-        value_scales,
-        float(k_scale),
-        float(v_scale),
-        written=(2, 3),
-    )
-    return key_cache, value_cache
+    _attention.token_scales("key_scales", key_scales, "key_cache", key_cache)
+    _attention.token_scales("value_scales", value_scales, "value_cache", value_cache)
 
 
 @register_fake("cache_write")
-def _(*_: object) -> None:
-    return None
+def _(*args: Any) -> None:
+    _check_cache_write(*args)

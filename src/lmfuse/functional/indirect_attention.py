@@ -75,15 +75,16 @@ def indirect_access_kv_cache_attention(
         raise ValueError("head_mask must be None")
     if alibi is not None:
         raise ValueError("alibi must be None: add its bias to attention_mask")
-    query = _attention.heads("query", query, "[batch, seq, heads, dim]")
+    _attention.heads("query", query, "[batch, seq, heads, dim]")
     scale = 1.0 / float(scale_attn)
     past = _past_length(layer_past, seq_info)
     if past == -1 and layer_past is not None:
         _, keys, values, _ = layer_past
         out = attention(query, keys, values, mask=attention_mask, scale=scale)
         return out.transpose(1, 2), None, layer_past
-    key = _attention.heads("key", key, "[batch, seq, kv_heads, dim]")
-    value = _attention.heads("value", value, "[batch, seq, kv_heads, dim]").to(key.dtype)
+    _attention.heads("key", key, "[batch, seq, kv_heads, dim]")
+    _attention.heads("value", value, "[batch, seq, kv_heads, dim]")
+    value = value.to(key.dtype)
     batch, seq, heads, dim = query.shape
     _attention.equal("key", key.shape[0], batch, "batch size", "query")
     _attention.equal("key", key.shape[1], seq, "length", "query")
@@ -92,7 +93,8 @@ def indirect_access_kv_cache_attention(
     _attention.equal("value", value.shape[1], seq, "length", "query")
     _attention.equal("value", value.shape[2], key.shape[2], "number of heads", "key")
     _attention.groups(heads, key.shape[2], "key")
-    mask = _attention.mask("attention_mask", attention_mask, batch, heads, seq, past + seq)
+    _attention.mask("attention_mask", attention_mask, batch, heads, seq, past + seq)
+    mask = _attention.four_dims(attention_mask)
     if past == 0:
         caches = _new_caches(key, value, layer_past, text_max_length)
         _append(key, value, caches, 0, caches[2].shape[1] // batch)
@@ -160,7 +162,8 @@ def _check_caches(layer_past: LayerPast, key: Tensor, past: int) -> Caches:
     batch, _, kv_heads, dim = key.shape
     _, key_cache, value_cache, beam_idx = layer_past
     for name, cache in (("layer_past[1]", key_cache), ("layer_past[2]", value_cache)):
-        if _attention.heads(name, cache, "[rows, batch, kv_heads, dim]", kv=True) is not cache:
+        _attention.heads(name, cache, "[rows, batch, kv_heads, dim]", kv=True)
+        if cache.shape[-1] > 1 and cache.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension")
         if cache.dtype != key.dtype and cache.dtype not in _attention.FP8:
             raise TypeError(f"{name} is {cache.dtype}, but must be {key.dtype}, the dtype of key")
@@ -205,8 +208,9 @@ def _append(key: Tensor, value: Tensor, caches: Caches, past: int, beams: int) -
     """Token t of sequence b into row past + t, column b * beams."""
     batch, seq = key.shape[:2]
     columns = caches[0].shape[1]
-    rows = torch.arange(past, past + seq)
-    slots = rows * columns + (torch.arange(batch) * beams).unsqueeze(1)
+    slots = torch.arange(past * columns, (past + seq) * columns, beams)  # token by token
+    if seq > 1:
+        slots = slots.view(seq, batch).t()
     reshape_and_cache(
         key.flatten(0, 1),
         value.flatten(0, 1),

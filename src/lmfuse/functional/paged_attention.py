@@ -7,11 +7,13 @@ read them once, if they are neighbours in the batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _attention
-from lmfuse.functional.attention import check_out
+from lmfuse.functional.attention import check_out, check_result
 from lmfuse.functional.cache import check_cache_dtype, check_caches
 
 _op_paged = ops.attention_paged.default
@@ -71,13 +73,12 @@ def single_query_cached_kv_attention(
         )
     window = window_size - 1 if 0 < window_size < max_context_len else -1
     _paged(
-        "output",
         output,
         query,
         key_cache,
         value_cache,
         None,
-        _attention.indices("context_lens", context_lens, 1),
+        context_lens,
         block_tables,
         alibi_slopes,
         None,
@@ -149,13 +150,12 @@ def flash_attn_varlen_func(
     left = window_size_left if 0 < window_size_left < max_seqlen_kv else -1
     right = window_size_right if 0 <= window_size_right < max_seqlen_kv else -1
     _paged(
-        "output",
         output,
         query,
         key_cache,
         value_cache,
-        _attention.indices("cu_seqlens_q", cu_seqlens_q, 1),
-        _attention.indices("cu_seqlens_kv", cu_seqlens_kv, 1),
+        cu_seqlens_q,
+        cu_seqlens_kv,
         block_tables,
         alibi_slopes,
         sinks,
@@ -171,7 +171,6 @@ def flash_attn_varlen_func(
 
 
 def _paged(
-    name: str,
     out: Tensor,
     query: Tensor,
     key_cache: Tensor,
@@ -189,21 +188,8 @@ def _paged(
     softcap: float,
     kv_scales: tuple[float, float],
 ) -> None:
-    query = _attention.heads("query", query, "[tokens, heads, dim]")
-    check_caches(key_cache, value_cache)
-    tokens, heads, dim = query.shape
-    _attention.equal("key_cache", key_cache.shape[3], dim, "head dimension", "query")
-    _attention.groups(heads, key_cache.shape[1], "key_cache")
-    check_out(out, query, (tokens, heads, value_cache.shape[3]), name)
-    tables = _attention.indices("block_tables", block_tables, 2)
-    batch = lens.shape[0] if cu_q is None else cu_q.shape[0] - 1
-    if cu_q is None:
-        _attention.equal("context_lens", batch, tokens, "length", "query")
-    else:
-        _attention.equal("cu_seqlens_kv", lens.shape[0], batch + 1, "length", "cu_seqlens_q")
-    _attention.equal("block_tables", tables.shape[0], batch, "number of rows", "the batch")
-    call(
-        _op_paged,
+    check_out(out, "output")
+    args = (
         query,
         key_cache,
         value_cache,
@@ -211,21 +197,59 @@ def _paged(
         cu_q,
         lens,
         cu_q is not None,
-        tables,
-        _attention.slopes("alibi_slopes", alibi, heads, batch),
-        _attention.slopes("sinks", sinks, heads),
-        _attention.token_scales("key_scales", key_scales, "key_cache", key_cache),
-        _attention.token_scales("value_scales", value_scales, "value_cache", value_cache),
+        block_tables,
+        _attention.floats(alibi),
+        _attention.floats(sinks),
+        key_scales,
+        value_scales,
         _attention.number("scale", scale),
         causal,
         *window,
         _attention.softcap(softcap),
         _attention.number("k_scale", kv_scales[0]),
         _attention.number("v_scale", kv_scales[1]),
-        written=(3,),
     )
+    call(_op_paged, *args, written=(3,), check=_check_paged)
+
+
+def _check_paged(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    out: Tensor,
+    cu_q: Tensor | None,
+    lens: Tensor,
+    _: bool,
+    block_tables: Tensor,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    *__: object,
+) -> None:
+    _attention.heads("query", query, "[tokens, heads, dim]")
+    check_caches(key_cache, value_cache)
+    tokens, heads, dim = query.shape
+    _attention.equal("key_cache", key_cache.shape[3], dim, "head dimension", "query")
+    _attention.groups(heads, key_cache.shape[1], "key_cache")
+    check_result(out, query, (tokens, heads, value_cache.shape[3]), "output")
+    _attention.indices("block_tables", block_tables, 2)
+    if cu_q is None:
+        _attention.indices("context_lens", lens, 1)
+        batch = lens.shape[0]
+        _attention.equal("context_lens", batch, tokens, "length", "query")
+    else:
+        _attention.indices("cu_seqlens_q", cu_q, 1)
+        _attention.indices("cu_seqlens_kv", lens, 1)
+        batch = cu_q.shape[0] - 1
+        _attention.equal("cu_seqlens_kv", lens.shape[0], batch + 1, "length", "cu_seqlens_q")
+    _attention.equal("block_tables", block_tables.shape[0], batch, "number of rows", "the batch")
+    _attention.slopes("alibi_slopes", alibi, heads, batch)
+    _attention.slopes("sinks", sinks, heads)
+    _attention.token_scales("key_scales", key_scales, "key_cache", key_cache)
+    _attention.token_scales("value_scales", value_scales, "value_cache", value_cache)
 
 
 @register_fake("attention_paged")
-def _(*_: object) -> None:
-    return None
+def _(*args: Any) -> None:
+    _check_paged(*args)

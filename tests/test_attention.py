@@ -1,4 +1,4 @@
-"""Attention against its formula in float64: dense, packed, paged and indirect, on every ISA."""
+"""Attention against its formula in float64, on every ISA: dense, and what holds of all."""
 
 from __future__ import annotations
 
@@ -8,56 +8,26 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
 
+from attending import (
+    BF16,
+    DTYPES,
+    F32,
+    Paged,
+    assert_close,
+    decode_arguments,
+    exact,
+    qkv,
+    same,
+    varlen,
+    varlen_arguments,
+)
 from lmfuse import functional
 from lmfuse.functional import (
-    flash_attn_varlen_func,
-    reshape_and_cache,
     single_query_cached_kv_attention,
     varlen_attention,
 )
-from lmfuse.functional import indirect_access_kv_cache_attention as indirect
 from lmfuse.modules import IndirectAccessKVCacheAttention, PagedAttention, VarlenAttention
-from lmfuse.reference.attention import attention as reference
-
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = (F32, BF16, F16)
-
-
-def qkv(batch, q_len, kv_len, heads, kv_heads, dim, value_dim=None, dtype=F32):
-    shapes = (
-        (batch, q_len, heads, dim),
-        (batch, kv_len, kv_heads, dim),
-        (batch, kv_len, kv_heads, value_dim or dim),
-    )
-    return tuple(torch.randn(s).to(dtype) for s in shapes)
-
-
-def exact(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
-    """The formula in float64, on the numbers that the tensors hold."""
-    wide = {
-        n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for n, x in options.items()
-    }
-    return reference(query.double(), key.double(), value.double(), **wide)
-
-
-def assert_close(y: Tensor, expected: Tensor, value: Tensor) -> None:
-    """fp32 arithmetic on averages of `value`, one rounding to the dtype of y; for bfloat16, the
-    rounding of the weights to 2^-9 each, whose errors mostly cancel."""
-    assert y.shape == expected.shape
-    largest = value.double().abs().max() if value.numel() else 1.0
-    allowed = 4e-6 * largest + expected.abs() * torch.finfo(y.dtype).eps / 2
-    if y.dtype is BF16:
-        allowed = allowed + 2.0**-9 * largest
-    bad = ~((y.double() - expected).abs() <= allowed)
-    assert not bad.any(), (y.double() - expected).abs().max()
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) and not a.isnan().any()
-
 
 SHAPES = [  # batch, q_len, kv_len, heads, kv_heads, dim, value_dim
     (1, 1, 1, 1, 1, 1, 1),
@@ -267,416 +237,6 @@ def test_bits_do_not_depend_on_where_keys_lie(isa, dtype):
         assert same(got, want)
 
 
-# --- packed --------------------------------------------------------------------------------------
-
-
-def varlen(q, k, v, out, cu_q, cu_k, scale, causal=False, alibi=None, **rest):
-    return varlen_attention(
-        q, k, v, out, cu_q, cu_k, alibi, 9, 9, 0.0, scale, False, causal, False, None, **rest
-    )
-
-
-def test_varlen(isa):
-    """Unequal lengths, an empty sequence, the scale, ALiBi, windows and softcap."""
-    cu_q, cu_k = torch.tensor([0, 5, 5, 6, 80]).int(), torch.tensor([0, 9, 12, 300, 390])
-    for dtype in (F32, BF16):
-        q, k, v = (x[0] for x in qkv(1, 80, 390, 4, 2, 64, 32, dtype=dtype))
-        slopes = torch.rand(4)
-        for causal, rest in (
-            (False, {}),
-            (True, {}),
-            (True, {"window_size_left": 6, "softcap": 3.0}),
-            (False, {"window_size_left": 0, "window_size_right": 2}),
-        ):
-            out = torch.empty(80, 4, 32, dtype=dtype)
-            got = varlen(q, k, v, out, cu_q, cu_k, 0.4, causal, slopes, **rest)
-            assert got is out
-            for b in range(4):
-                rows = slice(cu_q[b], cu_q[b + 1])
-                keys = slice(cu_k[b], cu_k[b + 1])
-                window = rest.get("window_size_left", -1), rest.get("window_size_right", -1)
-                want = exact(
-                    q[None, rows], k[None, keys], v[None, keys], scale=0.4, causal=causal,
-                    alibi=slopes, window=window, softcap=rest.get("softcap", 0.0),
-                )  # fmt: skip
-                assert_close(out[None, rows], want, v)
-
-
-def _varlen_arguments():
-    q, k, v = (x[0] for x in qkv(1, 6, 8, 4, 2, 16))
-    return {
-        "query": q,
-        "key": k,
-        "value": v,
-        "out": torch.zeros_like(q),
-        "seqlen_q": torch.tensor([0, 2, 6]),
-        "seqlen_k": torch.tensor([0, 3, 8]),
-        "alibi_slopes": None,
-        "max_seqlen_q": 4,
-        "max_seqlen_k": torch.tensor(5),
-        "pdropout": 0.0,
-        "softmax_scale": 0.25,
-        "zero_tensors": False,
-        "is_causal": True,
-        "return_softmax": False,
-        "gen_": None,
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "text"),
-    [
-        ({"pdropout": 0.1}, ValueError, "pdropout"),
-        ({"return_softmax": True}, ValueError, "return_softmax"),
-        ({"gen_": torch.Generator()}, ValueError, "gen_"),
-        ({"seqlen_q": torch.tensor([0, 4, 2])}, ValueError, "seqlen_q must not fall"),
-        ({"seqlen_k": torch.tensor([0, 3, 9])}, ValueError, "seqlen_k ends at 9"),
-        ({"seqlen_k": torch.tensor([1, 3, 8])}, ValueError, "seqlen_k must begin"),
-        ({"seqlen_k": torch.tensor([0, 8])}, ValueError, "seqlen_k"),
-        ({"seqlen_q": torch.tensor([0.0, 2, 6])}, TypeError, "seqlen_q"),
-        ({"query": torch.randn(6, 3, 16), "out": torch.zeros(6, 3, 16)}, ValueError, "divide"),
-        ({"key": torch.randn(8, 2, 15)}, ValueError, "key"),
-        ({"value": torch.randn(7, 2, 16)}, ValueError, "value"),
-        ({"out": torch.zeros(6, 4, 15)}, ValueError, "out"),
-        ({"out": torch.zeros(6, 4, 16).bfloat16()}, TypeError, "out"),
-        ({"out": torch.zeros(1, 1, 16).expand(6, 4, 16)}, ValueError, "out"),
-        ({"softcap": -2.0}, ValueError, "softcap"),
-        ({"softmax_scale": math.inf}, ValueError, "softmax_scale"),
-        ({"alibi_slopes": torch.rand(3)}, ValueError, "alibi_slopes"),
-    ],
-)
-def test_varlen_bad_input(change, error, text):
-    with pytest.raises(error, match=text):
-        varlen_attention(**{**_varlen_arguments(), **change})
-
-
-# --- paged ---------------------------------------------------------------------------------------
-
-
-class Paged:
-    """Keys and values of packed sequences in the blocks of a cache, in random order."""
-
-    def __init__(self, key, value, lengths, block, dtype=None, **scales):
-        counts = [-(-n // block) for n in lengths]
-        total = sum(counts) + 3
-        order = torch.randperm(total)[: sum(counts)].split(counts)
-        self.tables = torch.full((len(lengths), max(counts) + 1), 10**6, dtype=torch.int32)
-        slots = []
-        for b, (blocks, n) in enumerate(zip(order, lengths, strict=True)):
-            self.tables[b, : len(blocks)] = blocks
-            at = torch.arange(n)
-            slots.append(blocks[at // block] * block + at % block)
-        kind = dtype or key.dtype
-
-        def cache(x: Tensor) -> Tensor:
-            return torch.full((total, x.shape[1], block, x.shape[2]), 1.0).to(kind)
-
-        self.caches = cache(key), cache(value)
-        reshape_and_cache(key, value, *self.caches, torch.cat(slots), "auto", **scales)
-
-
-@pytest.mark.parametrize("block", [1, 5, 16, 128])
-def test_paged_decode(isa, block):
-    lengths = [1, 40, 700]
-    for dtype in (F32, BF16):
-        k, v = torch.randn(741, 2, 64).to(dtype), torch.randn(741, 2, 64).to(dtype)
-        q, slopes = torch.randn(3, 6, 64).to(dtype), torch.rand(6)
-        paged = Paged(k, v, lengths, block)
-        for window, cap, alibi in ((-1, -1.0, None), (33, 2.0, slopes), (5000, -1.0, slopes)):
-            out = torch.empty_like(q)
-            got = single_query_cached_kv_attention(
-                out, q, *paged.caches, None, 0.3, paged.tables, torch.tensor(lengths).int(), block,
-                700, alibi, window, softcap=cap,
-            )  # fmt: skip
-            assert got is out
-            first = 0
-            for b, n in enumerate(lengths):
-                keys = slice(first, first + n)
-                left = window - 1 if 0 < window < 700 else -1
-                want = exact(
-                    q[b].view(1, 1, 6, 64), k[None, keys], v[None, keys], scale=0.3, causal=True,
-                    window=(left, -1), softcap=max(cap, 0.0), alibi=alibi,
-                )  # fmt: skip
-                assert_close(out[b].view(1, 1, 6, 64), want, v)
-                first += n
-
-
-def test_paged_prompt_in_pieces(isa):
-    """Chunked prefill: the last q_len tokens of each, causal or not, windows as IPEX means them."""
-    kv_lengths, q_lengths = [300, 17, 4], [30, 17, 1]
-    cu_q = torch.tensor([0, 30, 47, 48]).int()
-    cu_k = torch.tensor([0, 300, 317, 321]).int()
-    for dtype in (F32, BF16):
-        q, k, v = (x[0] for x in qkv(1, 48, 321, 4, 2, 80, dtype=dtype))
-        paged = Paged(k, v, kv_lengths, 16)
-        for causal, left, right in ((True, -1, -1), (True, 7, 3), (False, 7, 2), (False, 0, -1)):
-            out = torch.empty_like(q)
-            flash_attn_varlen_func(
-                out, q, *paged.caches, cu_q, cu_k, 30, 300, 0.2, causal, paged.tables, None, left,
-                right,
-            )  # fmt: skip
-            for b in range(3):
-                rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
-                want = exact(
-                    q[None, rows], k[None, keys], v[None, keys], scale=0.2, causal=causal,
-                    window=(left or -1, right),
-                )  # fmt: skip
-                assert_close(out[None, rows], want, v)
-    assert q_lengths == (cu_q[1:] - cu_q[:-1]).tolist()
-
-
-def test_paged_fp8_and_int8(isa):
-    k, v, q = torch.randn(300, 2, 64), torch.randn(300, 2, 64), torch.randn(1, 4, 64).bfloat16()
-    lens = torch.tensor([300])
-    for fp8 in (torch.float8_e5m2, torch.float8_e4m3fn):
-        paged = Paged(k, v, [300], 16, fp8, k_scale=0.5, v_scale=0.25)
-        out = torch.empty_like(q)
-        single_query_cached_kv_attention(
-            out, q, *paged.caches, None, 0.125, paged.tables, lens, 16, 300, None, -1, 0.5, 0.25
-        )
-        wide = (k / 0.5).to(fp8).double() * 0.5, (v / 0.25).to(fp8).double() * 0.25
-        want = exact(q[None], wide[0][None], wide[1][None], scale=0.125)
-        assert_close(out[None], want, v)
-    scales = [torch.zeros(22, 2, 16) for _ in range(2)]
-    named = {"key_scales": scales[0], "value_scales": scales[1]}
-    paged = Paged(k, v, [300], 16, torch.int8, **named)
-    out = torch.empty_like(q)
-    single_query_cached_kv_attention(
-        out, q, *paged.caches, None, 0.125, paged.tables, lens, 16, 300, None, **named
-    )
-    want = exact(q[None], k[None], v[None], scale=0.125)
-    assert (out[None].double() - want).abs().max() < 0.02
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_shared_prefixes_give_the_same_bits(isa, dtype):
-    """Five sequences, the first 600 positions of four of them in the same blocks."""
-    k, v = torch.randn(1000, 2, 64).to(dtype), torch.randn(1000, 2, 64).to(dtype)
-    paged = Paged(k, v, [1000], 8)
-    tables, lens = paged.tables.repeat(5, 1), torch.tensor([700, 640, 601, 900, 77])
-    tables[1, 75:], tables[3, 80:110] = tables[0, 20:].roll(1)[: tables.shape[1] - 75], 3
-    tables[4] = tables[0, :].roll(2)
-    tables.clamp_(0, paged.caches[0].shape[0] - 1)
-    q = torch.randn(5, 6, 64).to(dtype)
-
-    def run(rows):
-        return single_query_cached_kv_attention(
-            torch.empty_like(q[rows]), q[rows], *paged.caches, None, 0.2, tables[rows], lens[rows],
-            8, 900, None,
-        )  # fmt: skip
-
-    together = run(slice(None))
-    for b in range(5):
-        assert same(together[b : b + 1], run(slice(b, b + 1)))
-
-
-def _decode_arguments():
-    cache = torch.randn(6, 2, 8, 16)
-    return {
-        "output": torch.zeros(2, 4, 16),
-        "query": torch.randn(2, 4, 16),
-        "key_cache": cache,
-        "value_cache": cache.clone(),
-        "head_mapping": None,
-        "scale": 0.25,
-        "block_tables": torch.tensor([[0, 1], [5, 3]]).int(),
-        "context_lens": torch.tensor([9, 16]).int(),
-        "block_size": 8,
-        "max_context_len": 16,
-        "alibi_slopes": None,
-    }
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "text"),
-    [
-        (
-            {"block_tables": torch.tensor([[0, 1], [6, 3]])},
-            ValueError,
-            r"block_tables\[1, 0\] is 6",
-        ),
-        ({"block_tables": torch.tensor([[0, -1], [5, 3]])}, ValueError, "block_tables"),
-        ({"block_tables": torch.tensor([[0, 1]])}, ValueError, "block_tables"),
-        ({"block_tables": torch.tensor([0, 1])}, ValueError, "block_tables"),
-        ({"context_lens": torch.tensor([9, 17])}, ValueError, "length of sequence 1 is 17"),
-        ({"context_lens": torch.tensor([-1, 16])}, ValueError, "length of sequence 0 is -1"),
-        ({"context_lens": torch.tensor([9])}, ValueError, "context_lens"),
-        ({"context_lens": torch.tensor([9.0, 16.0])}, TypeError, "context_lens"),
-        ({"block_size": 16}, ValueError, "block_size"),
-        ({"value_cache": torch.randn(6, 2, 8, 16).half()}, TypeError, "value_cache"),
-        ({"value_cache": torch.randn(5, 2, 8, 16)}, ValueError, "value_cache"),
-        ({"query": torch.randn(2, 4, 15)}, ValueError, "key_cache"),
-        ({"output": torch.zeros(2, 4, 15)}, ValueError, "output"),
-        ({"softcap": -3.0}, ValueError, "softcap"),
-        ({"k_scale": math.nan}, ValueError, "k_scale"),
-    ],
-)
-def test_paged_bad_input(change, error, text):
-    single_query_cached_kv_attention(**_decode_arguments())
-    with pytest.raises(error, match=text):
-        single_query_cached_kv_attention(**{**_decode_arguments(), **change})
-
-
-def test_paged_prompt_bad_input():
-    a = _decode_arguments()
-    args = (a["output"], a["query"], a["key_cache"], a["value_cache"])
-    rest = (2, 16, 0.25, True, a["block_tables"], None)
-    good, kv = torch.tensor([0, 1, 2]), torch.tensor([0, 9, 25])
-    flash_attn_varlen_func(*args, good, kv, *rest)
-    for cu_q, cu_kv, text in (
-        (torch.tensor([0, 2, 1]), kv, "cu_seqlens_q must not fall"),
-        (torch.tensor([0, 1, 3]), kv, "cu_seqlens_q ends at 3"),
-        (good, torch.tensor([0, 9, 26]), "length of sequence 1 is 17"),
-        (good, torch.tensor([0, 9, 8]), "cu_seqlens_kv must not fall"),
-        (good, torch.tensor([0, 9]), "cu_seqlens_kv"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            flash_attn_varlen_func(*args, cu_q, cu_kv, *rest)
-
-
-# --- indirect ------------------------------------------------------------------------------------
-
-
-def placeholder(columns: int, dtype=F32):
-    return (
-        torch.zeros(1, 0, 0, 1, dtype=torch.long),
-        torch.zeros(1, 1, 1, 1, dtype=dtype),
-        torch.zeros(1, 1, 1, 1, dtype=dtype),
-        torch.zeros(4, columns, dtype=torch.long),
-    )
-
-
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_indirect_lifecycle(isa, shared, dtype):
-    """A prompt, then steps with the parents written between them, against K[parents]."""
-    batch, beams, heads, kv_heads, dim, prompt = 2, 3, 4, 2, 32, 5
-    columns = batch * beams
-    rows = batch if shared else columns
-    attend = IndirectAccessKVCacheAttention(text_max_length=7)
-    q, k, v = qkv(rows, prompt, prompt, heads, kv_heads, dim, dtype=dtype)
-    mask = torch.zeros(rows, 1, 1, prompt)
-    mask[0, ..., 0] = -math.inf
-    out, weights, past = attend(q, k, v, dim**0.5, placeholder(columns), attention_mask=mask)
-    assert weights is None
-    assert out.shape == (rows, heads, prompt, dim)
-    assert_close(out.transpose(1, 2), exact(q, k, v, mask=mask, causal=True), v)
-    assert past[0].size(-2) == prompt
-    assert past[3].shape == (9, columns)
-    assert past[3][7, 0] == prompt
-    assert past[3][8, 0] == rows
-
-    spread = beams if shared else 1
-    keys, values = k.repeat_interleave(spread, 0), v.repeat_interleave(spread, 0)
-    for step in range(12):
-        parents = torch.randint(beams, (columns,)) + torch.arange(columns) // beams * beams
-        past[3][past[0].size(-2) - 1] = parents
-        if not (shared and step == 0):
-            keys, values = keys[parents], values[parents]
-        q, k, v = qkv(columns, 1, 1, heads, kv_heads, dim, dtype=dtype)
-        keys, values = torch.cat((keys, k), 1), torch.cat((values, v), 1)
-        mask = torch.zeros(columns, 1, 1, keys.shape[1])
-        mask[:beams, ..., 0] = -1e30
-        out, _, past = attend(q, k, v, dim**0.5, past, attention_mask=mask)
-        assert past[0].shape == (1, prompt + step + 1, prompt + step + 1, 1)
-        assert past[0].untyped_storage().nbytes() == 8
-        assert_close(out.transpose(1, 2), exact(q, keys, values, mask=mask), values)
-
-
-def test_indirect_cache_sizes():
-    """Appendix A.2."""
-    k = torch.randn(1, 5, 2, 8)
-    q = torch.randn(1, 5, 2, 8)
-    mask = torch.zeros(1, 1, 1, 1)
-    for text, want in ((6, 6), (4, 9), (5, 10), (0, 5)):
-        _, _, past = indirect(q, k, k, 2.0, None, None, mask, text_max_length=text)
-        assert past[1].shape[0] == want
-    _, _, past = indirect(q, k, k, 2.0, None, None, mask, text_max_length=6)
-    first = past[1].data_ptr()
-    for want in (6, 12, 12):
-        _, _, past = indirect(q[:, :1], k[:, :1], k[:, :1], 2.0, past, None, mask)
-        assert past[1].shape[0] == want
-        assert past[3].shape[0] == want + 2
-        assert (past[1].data_ptr() == first) == (want == 6)
-    _, _, past = indirect(
-        *(x.repeat(1, 20, 1, 1) for x in (q, k, k)), 2.0, past, None, mask
-    )  # 100 more
-    assert past[1].shape[0] == 192
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_indirect_several_tokens_masks_and_growth(isa, dtype):
-    """Several new tokens under a real mask, masks of any kind, fp16, no mask."""
-    batch, heads, dim = 3, 4, 32
-    masks = {
-        "none": lambda q, k: None,
-        "causal": lambda q, k: torch.full((q, k), -math.inf).triu(k - q + 1),
-        "bool": lambda q, k: torch.rand(batch, 1, 1, k) > 0.3,
-        "broadcast": lambda q, k: torch.randn(1, heads, 1, k).to(dtype),
-    }
-    for name, make in masks.items():
-        past, keys, values = None, torch.empty(batch, 0, 2, dim), torch.empty(batch, 0, 2, dim)
-        for n in (6, 1, 5, 40, 1):
-            q, k, v = qkv(batch, n, n, heads, 2, dim, dtype=dtype)
-            keys, values = torch.cat((keys, k), 1), torch.cat((values, v), 1)
-            mask = make(n, keys.shape[1])
-            out, _, past = indirect(q, k, v, 4.0, past, None, mask)
-            want = exact(q, keys, values, mask=mask, causal=True, scale=0.25)
-            assert_close(out.transpose(1, 2), want, values), name
-            assert past[0].size(-2) == keys.shape[1]
-
-
-def test_indirect_fp8_cache_and_cross_attention(isa):
-    q, k, v = qkv(2, 1, 300, 4, 2, 64, dtype=BF16)
-    past = placeholder(2, torch.float8_e5m2)
-    _, _, past = indirect(q.expand(2, 300, 4, 64), k, v, 8.0, past, None, torch.zeros(1, 1, 1, 1))
-    assert past[1].dtype is torch.float8_e5m2
-    q2, k2, v2 = qkv(2, 1, 1, 4, 2, 64, dtype=BF16)
-    out, _, _ = indirect(q2, k2, v2, 8.0, past)
-    wide = [torch.cat(x, 1).to(torch.float8_e5m2) for x in ((k, k2), (v, v2))]
-    assert_close(out.transpose(1, 2), exact(q2, *wide), v)
-    static = (past[0], k, v, past[3])
-    mask = torch.rand(2, 1, 1, 300) > 0.5
-    out, _, present = indirect(q, k2, v2, 8.0, static, None, mask, seq_info=torch.tensor(-1))
-    assert present[1] is k
-    assert_close(out.transpose(1, 2), exact(q, k, v, mask=mask), v)
-
-
-def test_indirect_bad_input():
-    q, k, v = qkv(2, 3, 3, 4, 2, 16)
-    _, _, past = indirect(q, k, v, 4.0, placeholder(4), text_max_length=8)
-    q, k, v = qkv(4, 1, 1, 4, 2, 16)
-    bad = past[3].clone()
-    bad[3] = 4
-    parents = past[3].clone()
-    parents[9, 0] = 3  # batch of the prompt
-
-    def step(**change):
-        a = {"query": q, "key": k, "value": v, "scale_attn": 4.0, "layer_past": past} | change
-        return indirect(**a)
-
-    _, _, later = step()
-    for error, text, change in (
-        (ValueError, "head_mask", {"head_mask": torch.ones(4)}),
-        (ValueError, "alibi", {"alibi": torch.ones(4)}),
-        (ValueError, "attention_mask", {"attention_mask": torch.zeros(4, 1, 1, 5)}),
-        (ValueError, "attention_mask", {"attention_mask": torch.zeros(3, 1, 1, 4)}),
-        (TypeError, "attention_mask", {"attention_mask": torch.zeros(4, 1, 1, 4).long()}),
-        (ValueError, "key", {"key": k[:2]}),
-        (ValueError, "divide", {"query": q[:, :, :3]}),
-        (TypeError, "layer_past", {"layer_past": past[:3]}),
-        (TypeError, r"layer_past\[1\]", {"layer_past": (past[0], past[1].half(), *past[2:])}),
-        (ValueError, r"layer_past\[1\]", {"layer_past": (past[0], past[1][:, :2], *past[2:])}),
-        (ValueError, r"layer_past\[3\]", {"layer_past": (*past[:3], past[3][:-1])}),
-        (ValueError, "prompt", {"layer_past": (*past[:3], parents)}),
-        (ValueError, "row 4", {"layer_past": (later[0], *later[1:3], bad)}),
-        (ValueError, "holds 9 tokens", {"seq_info": 9}),
-        (ValueError, "columns", {"layer_past": placeholder(5)}),
-    ):
-        with pytest.raises(error, match=text):
-            step(**change)
-
-
 # --- torch ---------------------------------------------------------------------------------------
 
 
@@ -685,12 +245,12 @@ def test_compile(backend):
     q, k, v = qkv(2, 3, 9, 4, 2, 16)
     f = torch.compile(functional.attention, fullgraph=True, backend=backend)
     assert same(f(q, k, v, causal=True), functional.attention(q, k, v, causal=True))
-    arguments = _varlen_arguments()
+    arguments = varlen_arguments()
     want = varlen_attention(**arguments).clone()
     arguments["out"].zero_()
     g = torch.compile(VarlenAttention(), fullgraph=True, backend=backend)
     assert same(g(**arguments), want)
-    decode = _decode_arguments()
+    decode = decode_arguments()
     want = single_query_cached_kv_attention(**decode).clone()
     decode["output"].zero_()
     h = torch.compile(

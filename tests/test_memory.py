@@ -136,6 +136,132 @@ def _gated(data: st.DataObject, function: Callable[[Tensor, Tensor], Tensor]) ->
     y.check()
 
 
+def _heads(data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype) -> Placed:
+    return _operand(data, shape, dtype, (1,))
+
+
+def _refused(call: Callable[[], object]) -> bool:
+    """Runs `call`, which may find that indices are out of range."""
+    try:
+        call()
+    except ValueError:
+        return True
+    return False
+
+
+def _integers(data: st.DataObject, shape: tuple[int, ...], low: int, high: int) -> Tensor:
+    """From low to high; often one of them, now and then something far beyond."""
+    count = torch.Size(shape).numel()
+    number = st.one_of(
+        *(st.integers(low, high) for _ in range(9)), st.sampled_from((low - 1, high + 1, 2**31 - 1))
+    )
+    numbers = data.draw(st.lists(number, min_size=count, max_size=count))
+    return torch.tensor(numbers, dtype=torch.int64).view(shape)
+
+
+def _attention(data: st.DataObject) -> None:
+    batch, q_len, kv_len, kv_heads, group = (
+        data.draw(st.integers(1, n)) for n in (2, 9, 300, 2, 5)
+    )
+    dim, value_dim = (data.draw(st.sampled_from((1, 17, 32, 64, 80))) for _ in range(2))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    query = _heads(data, (batch, q_len, kv_heads * group, dim), dtype)
+    key = _heads(data, (batch, kv_len, kv_heads, dim), dtype)
+    value = _heads(data, (batch, kv_len, kv_heads, value_dim), dtype)
+    sizes = tuple(data.draw(st.sampled_from((1, n))) for n in (batch, 1, q_len, kv_len))
+    mask = _operand(data, sizes, data.draw(st.sampled_from(DTYPES)))
+    causal = data.draw(st.booleans())
+    y = F.attention(query.tensor, key.tensor, value.tensor, mask=mask.tensor, causal=causal)
+    assert y.isfinite().all()
+    for operand in (query, key, value, mask):
+        operand.check()
+
+
+def _paged_attention(data: st.DataObject) -> None:
+    """Also with wrong block tables and lengths, which are refused before anything is read."""
+    blocks, block, kv_heads, group = (data.draw(st.integers(1, n)) for n in (5, 40, 2, 4))
+    batch, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
+    dim = data.draw(st.sampled_from((8, 32, 64)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    query = _heads(data, (batch, kv_heads * group, dim), dtype)
+    caches = [_heads(data, (blocks, kv_heads, block, dim), dtype) for _ in range(2)]
+    out = _heads(data, (batch, kv_heads * group, dim), dtype)
+    tables = _integers(data, (batch, width), 0, blocks - 1)
+    lens = _integers(data, (batch,), 0, width * block)
+    bad = bool((lens < 0).any() or (lens > width * block).any())
+    for row, n in zip(tables.tolist(), lens.clamp(0, width * block).tolist(), strict=True):
+        bad |= any(not 0 <= entry < blocks for entry in row[: -(-n // block)])
+    key, value = (c.tensor for c in caches)
+    arguments = (out.tensor, query.tensor, key, value, None, 0.2, tables, lens, block, 9, None)
+    refused = _refused(lambda: F.single_query_cached_kv_attention(*arguments))
+    assert refused == bad
+    out.check(written=not bad)
+    for operand in (query, *caches):
+        operand.check()
+
+
+def _varlen_attention(data: st.DataObject) -> None:
+    tokens, keys, batch = (data.draw(st.integers(1, n)) for n in (12, 300, 3))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    query = _heads(data, (tokens, 2, 32), dtype)
+    key, value = (_heads(data, (keys, 1, 32), dtype) for _ in range(2))
+    out = _heads(data, (tokens, 2, 32), dtype)
+    cu_q, cu_k = (
+        torch.cat((torch.zeros(1).long(), _integers(data, (batch,), 0, n).sort().values))
+        for n in (tokens, keys)
+    )
+    bad = any(bool((cu < 0).any()) or cu[-1] > n for cu, n in ((cu_q, tokens), (cu_k, keys)))
+    arguments = (query.tensor, key.tensor, value.tensor, out.tensor, cu_q, cu_k, None, 1, 1, 0.0)
+    rest = (0.2, False, data.draw(st.booleans()), False, None)
+    assert _refused(lambda: F.varlen_attention(*arguments, *rest)) == bad
+    out.check(written=not bad)
+    for operand in (query, key, value):
+        operand.check()
+
+
+def _indirect_attention(data: st.DataObject) -> None:
+    """One new token over a cache whose beam indices may be wrong."""
+    prompts, beams, past = (data.draw(st.integers(1, n)) for n in (2, 3, 40))
+    batch, rows, dim = prompts * beams, past + 3, 32
+    dtype = data.draw(st.sampled_from(DTYPES))
+    query = _heads(data, (batch, 1, 4, dim), dtype)
+    new = [_heads(data, (batch, 1, 2, dim), dtype) for _ in range(2)]
+    caches = [_heads(data, (rows, batch, 2, dim), dtype) for _ in range(2)]
+    parents = _integers(data, (rows + 2, batch), 0, batch - 1)
+    parents[rows, 0], parents[rows + 1, 0] = data.draw(st.integers(-1, past + 9)), prompts
+    info = torch.zeros(()).long().expand(1, past, past, 1)
+    layer_past = (info, caches[0].tensor, caches[1].tensor, parents)
+    k, v = (x.tensor for x in new)
+    refused = _refused(
+        lambda: F.indirect_access_kv_cache_attention(query.tensor, k, v, 5.0, layer_past),
+    )
+    assert (
+        not refused
+        or bool((parents < 0).any() or (parents[:rows] >= batch).any())
+        or (parents[rows, 0] > rows)
+    )
+    for operand in (query, *new):
+        operand.check()
+    for cache in caches:
+        cache.check(written=True)
+
+
+def _cache_write(data: st.DataObject) -> None:
+    tokens, blocks, block, heads = (data.draw(st.integers(1, n)) for n in (5, 4, 9, 3))
+    dim, value_dim = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    key, value = (_operand(data, (tokens, heads, d), dtype) for d in (dim, value_dim))
+    caches = [_heads(data, (blocks, heads, block, d), dtype) for d in (dim, value_dim)]
+    slots = _integers(data, (tokens,), -1, blocks * block - 1)
+    arguments = (key.tensor, value.tensor, *(c.tensor for c in caches), slots)
+    bad = bool((slots >= blocks * block).any())
+    assert _refused(lambda: F.reshape_and_cache(*arguments)) == bad
+    for cache in caches:
+        cache.check(written=not bad)
+    key.check()
+    value.check()
+
+
 # Every op: a function that draws operands, calls it and checks them. Other stems add theirs.
 CALLS: dict[str, Callable[[st.DataObject], None]] = {
     "rms_norm": lambda data: _norm(data, center=False, add=False),
@@ -144,6 +270,11 @@ CALLS: dict[str, Callable[[st.DataObject], None]] = {
     "add_layer_norm": lambda data: _norm(data, center=True, add=True),
     "silu_mul": lambda data: _gated(data, F.silu_mul),
     "gelu_mul": lambda data: _gated(data, F.gelu_mul),
+    "attention": _attention,
+    "attention paged": _paged_attention,
+    "attention varlen": _varlen_attention,
+    "attention indirect": _indirect_attention,
+    "cache_write": _cache_write,
     "gelu_mul tanh": lambda data: _gated(data, lambda x, y: F.gelu_mul(x, y, approximate="tanh")),
 }
 

@@ -82,7 +82,8 @@ struct TileSource {
   int64_t stride, unread;
 };
 
-// The keys [first, first + 16), from their place if that is regular, else by way of stage.
+// The keys [first, first + 16), from their place if that is regular, else by way of stage, which
+// beyond their number holds what it held: scores of no key, to be hidden.
 inline TileSource key_rows(KvType type, const ChunkRows& rows, int64_t first, int64_t dim,
                            int64_t width, bf16_t* stage, FetchAhead& ahead) {
   const char* const* row = rows.row + first;
@@ -97,7 +98,6 @@ inline TileSource key_rows(KvType type, const ChunkRows& rows, int64_t first, in
     widen_row(type, row[r], dim, width, stage + r * width);
     ahead.step(FetchAhead::kOfKeys);
   }
-  for (int64_t i = count * width; i < kTileRows * width; ++i) stage[i] = bf16_t{};
   return {stage, width * static_cast<int64_t>(sizeof(bf16_t)), 0};
 }
 

@@ -1,5 +1,8 @@
 """lmfuse: fused language-model modules for CPUs, for stock PyTorch and transformers."""
 
+from importlib import import_module
+from typing import Any
+
 from lmfuse import functional, modules
 from lmfuse._auto_kernel_selection import FP32MathMode, get_fp32_math_mode, set_fp32_math_mode
 from lmfuse.hf import optimize, restore
@@ -11,6 +14,7 @@ __all__ = [
     "FP32MathMode",
     "available_isas",
     "functional",
+    "generation",
     "get_fp32_math_mode",
     "isa",
     "modules",
@@ -20,3 +24,10 @@ __all__ = [
     "set_isa",
     "use_isa",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What imports transformers, once somebody asks for it."""
+    if name == "generation":
+        return import_module("lmfuse.generation")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

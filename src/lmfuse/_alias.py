@@ -48,14 +48,15 @@ def names(
 
     Args:
         package: its `__name__`.
-        late: name -> the lmfuse module that has it, for names that import transformers: they are
-            looked up when somebody asks for them.
+        late: name -> the module that has it, or is it, for names that import transformers: they
+            are looked up when somebody asks for them.
     """
     late = late or {}
 
     def get(name: str) -> Any:
         if name in late:
-            return getattr(import_module(late[name]), name)
+            found = import_module(late[name])
+            return found if late[name].endswith(f".{name}") else getattr(found, name)
         raise AttributeError(
             f"{package} has no attribute {name!r}: lmfuse {__version__} serves the CPU part of "
             "ipex.llm, as far as its README lists it under 'Coming from IPEX'"

@@ -6,4 +6,4 @@ from lmfuse._alias import llm_optimize as optimize
 
 __all__ = ["functional", "modules", "optimize"]
 
-__getattr__, __dir__ = _alias.names(__name__)
+__getattr__, __dir__ = _alias.names(__name__, {"generation": f"{__name__}.generation"})

@@ -5,29 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 
 from lmfuse.generation.cache import Cache, Layer
+from lmfuse.generation.search import SharesPrompts
 from lmfuse.hf import attention, attention_modules, swap
 from lmfuse.hf.inputs import Explains
 
 _STATE = "_lmfuse_attention"
 
-# Ways of generating that prepare a cache of their own.
-_OWN_CACHE = (
-    "cache_implementation",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "use_mtp",
+# Ways of generating for which our cache is the better DynamicCache.
+_LOOPS = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
 )
 
 
-class FusedGeneration(Explains, swap.Fused):
+class FusedGeneration(Explains, SharesPrompts, swap.Fused):
     """A model that generates with `lmfuse.generation.Cache` where the caller named no cache."""
-
-    config: Any
-    generation_config: Any
-    _supports_default_dynamic_cache: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -36,15 +34,23 @@ class FusedGeneration(Explains, swap.Fused):
         cls.__name__, cls.__qualname__ = stock.__name__, stock.__qualname__
         cls.__module__ = stock.__module__
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See transformers' `GenerationMixin.generate`."""
-        if not _prepares_its_own(self, args, kwargs):
-            cache = Cache(self.config.get_text_config(decoder=True))
-            if cache.layer_class_to_replicate is not None or any(
-                isinstance(layer, Layer) for layer in cache.layers
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Ours, where transformers prepares a DynamicCache for a loop that we know."""
+        settings, model_kwargs, mode = (*args, *kwargs.values())[:3]
+        done = super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if (
+            type(cache) is DynamicCache
+            and not getattr(cache, "_is_user_defined", False)
+            and mode in _LOOPS
+            and settings.cache_implementation is None
+        ):
+            ours = Cache(self.config.get_text_config(decoder=True))
+            if ours.layer_class_to_replicate is not None or any(
+                isinstance(layer, Layer) for layer in ours.layers
             ):
-                kwargs["past_key_values"] = cache
-        return super().generate(*args, **kwargs)
+                model_kwargs["past_key_values"] = ours
+        return done
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """See transformers' `ContinuousMixin.init_continuous_batching`."""
@@ -60,23 +66,6 @@ class FusedGeneration(Explains, swap.Fused):
         # What a manager that stops sets again.
         manager._original_attn_impl = before
         return manager
-
-
-def _prepares_its_own(model: FusedGeneration, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether generate(*args, **kwargs) is to use another cache than ours, or none."""
-    if model.config.is_encoder_decoder or not model._supports_default_dynamic_cache():
-        return True
-    if any(
-        kwargs.get(k) is not None for k in ("past_key_values", "assistant_model", "custom_generate")
-    ):
-        return True
-    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-
-    def setting(name: str) -> Any:
-        found = kwargs.get(name, getattr(given, name, None))
-        return getattr(model.generation_config, name, None) if found is None else found
-
-    return setting("use_cache") is False or any(setting(k) is not None for k in _OWN_CACHE)
 
 
 def join(model: nn.Module, done: swap.Report) -> None:

@@ -58,6 +58,12 @@ def _columns() -> Tensor:
     return index
 
 
+def _placeholder() -> tuple[Tensor, ...]:
+    states = torch.zeros(1, 1, 1, 1)
+    none = torch.zeros(1, 0, 0, 1, dtype=torch.long)
+    return none, states, states.clone(), torch.zeros(1, 2, dtype=torch.long)
+
+
 # Name of the op: lists of arguments, made anew at each call as some are written.
 SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "rms_norm": lambda: [(_x(), _w(), 1e-6, 0.0), (_strided(), None, 1e-6, 1.0)],
@@ -125,6 +131,12 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
             1.0,
             1.0,
         )
+    ],
+    "attention_indirect_step": lambda: [
+        # Before the first token, for later it writes what it is given, and into a cache that is
+        # then full, for the rest is what the memory held.
+        (_heads(4), _heads(2), _heads(2), *_placeholder(), mask, None, 0.25, True, 2, cap, 0)
+        for mask, cap in ((None, 0.0), (torch.ones(2, 1, 1, 3, dtype=torch.bool), 2.0))
     ],
     "attention_indirect": lambda: [
         (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import intel_extension_for_pytorch as ipex
 import lmfuse
-from lmfuse.generation import sharing
 from lmfuse.modules import IndirectAccessKVCacheAttention
 
 SIZES = {
@@ -395,14 +393,3 @@ def test_binding_changes_one_model_alone() -> None:
     watch = Watch(other)
     generate(other, "beams")
     assert watch.prompt() == 3 * 2 * 9
-
-
-def test_placeholders_are_those_of_ipex() -> None:
-    config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(num_hidden_layers=3))
-    layers = sharing.placeholders(config, 8, torch.bfloat16)
-    assert len(layers) == 3
-    info, keys, values, beams = layers[0]
-    assert info.shape == (1, 0, 0, 1)
-    assert info.dtype is beams.dtype is torch.int64
-    assert keys.dtype is values.dtype is torch.bfloat16
-    assert beams.shape[1] == 8

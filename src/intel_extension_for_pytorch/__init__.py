@@ -35,4 +35,6 @@ __all__ = [
     "set_fp32_math_mode",
 ]
 
-__getattr__, __dir__ = _alias.names(__name__)
+__getattr__, __dir__ = _alias.names(
+    __name__, {"_set_optimized_model_for_generation": "lmfuse.hf.tracing"}
+)

@@ -22,6 +22,7 @@ __all__ = [
     "restore",
     "set_fp32_math_mode",
     "set_isa",
+    "trace_for_generation",
     "use_isa",
 ]
 
@@ -30,4 +31,6 @@ def __getattr__(name: str) -> Any:
     """What imports transformers, once somebody asks for it."""
     if name == "generation":
         return import_module("lmfuse.generation")
+    if name == "trace_for_generation":
+        return import_module("lmfuse.hf.tracing").trace_for_generation
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,11 @@ from lmfuse.functional.activation import gelu_mul, silu_mul
 from lmfuse.functional.attention import attention, varlen_attention
 from lmfuse.functional.cache import reshape_and_cache
 from lmfuse.functional.experts import PackedExperts, experts, pack_experts
-from lmfuse.functional.indirect_attention import indirect_access_kv_cache_attention
+from lmfuse.functional.indirect_attention import (
+    gather_indirect,
+    indirect_access_kv_cache_attention,
+    indirect_cache_attention,
+)
 from lmfuse.functional.linear import linear, linear_concat, linear_gate_up
 from lmfuse.functional.norm import (
     add_layer_norm,
@@ -42,8 +46,10 @@ __all__ = [
     "experts",
     "fast_layer_norm",
     "flash_attn_varlen_func",
+    "gather_indirect",
     "gelu_mul",
     "indirect_access_kv_cache_attention",
+    "indirect_cache_attention",
     "layer_norm",
     "linear",
     "linear_concat",

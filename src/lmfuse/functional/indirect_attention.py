@@ -8,15 +8,16 @@ The cache of a layer is a 4-tuple, with L the tokens it holds:
     3  beam_idx     [rows + 2, batch] int64
 
 Row t of beam_idx says, for each row of the batch, in which column the keys of position t lie for
-what came after it. After each step the caller writes `beam_idx[L - 1] = parents`; the chain is
-followed back from there. Element [rows, 0] is the length of the prompt and [rows + 1, 0] its batch
-size. A prompt whose batch is smaller than the cache's is shared: the keys of sequence b then lie in
-the first of its beams' columns only, and all beams read them there, once.
+what came after it. After each step the caller writes `beam_idx[L - 1] = parents`, unless each row
+goes on with itself; the chain is followed back from there. Element [rows, 0] is the length of the
+prompt and [rows + 1, 0] its batch size. A prompt whose batch is smaller than the cache's is shared:
+the keys of sequence b then lie in the first of its beams' columns only, and all beams read them
+there, once.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ from lmfuse.functional.cache import reshape_and_cache
 LayerPast = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _op_indirect = ops.attention_indirect.default
+
+# It writes the caches in place and returns them while they do not grow. No schema can say "the
+# same or another", so it says nothing, and a caller goes on with what was returned.
+torch.library.define(
+    "lmfuse::attention_indirect_step",
+    "(Tensor query, Tensor key, Tensor value, Tensor seq_info, Tensor key_cache,"
+    " Tensor value_cache, Tensor beam_idx, Tensor? mask, Tensor? sinks, float scale, bool causal,"
+    " int window, float softcap, int rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_op_step = ops.attention_indirect_step.default
 
 
 def indirect_access_kv_cache_attention(
@@ -60,8 +71,8 @@ def indirect_access_kv_cache_attention(
         add_casual_mask: a query sees the positions up to its own (the spelling is the interface's).
         seq_info: how many tokens the cache holds, where element 0 does not say it; -1 for cross
             attention, with elements 1 and 2 as [batch, kv_len, kv_heads, dim] and nothing appended.
-        text_max_length: rows of a new cache; at most seq: seq rows more. A full cache is doubled
-            until the new tokens fit.
+        text_max_length: rows of a new cache; at most seq: seq rows more. A full cache is doubled,
+            or more if the new tokens need it.
 
     Returns:
         (out, None, present): out is [batch, heads, seq, dim], a view of [batch, seq, heads, dim];
@@ -82,6 +93,100 @@ def indirect_access_kv_cache_attention(
         _, keys, values, _ = layer_past
         out = attention(query, keys, values, mask=attention_mask, scale=scale)
         return out.transpose(1, 2), None, layer_past
+    if layer_past is not None and seq_info is None and _traced():
+        given = (query, key, value, *layer_past, attention_mask)
+        out, *present = call(
+            _op_step, *given, None, scale, add_casual_mask, 0, 0.0, text_max_length
+        )
+        return out.transpose(1, 2), None, cast(LayerPast, tuple(present))
+    options = {"causal": add_casual_mask, "scale": scale}
+    out, after = _step(
+        query, key, value, layer_past, past, attention_mask, text_max_length, options
+    )
+    return out.transpose(1, 2), None, after
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or bool(
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
+def indirect_cache_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer_past: LayerPast,
+    *,
+    mask: Tensor | None = None,
+    scale: float,
+    window: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    text_max_length: int = 2048,
+) -> tuple[Tensor, LayerPast]:
+    """The causal one for traced graphs: one op, whether the cache is still a placeholder or not.
+
+    So a graph that torch.jit, torch.export or torch.compile traced for the first token serves the
+    next ones too, for any length, batch and number of beams.
+
+    Args:
+        query: [batch, seq, heads, dim], float32, bfloat16 or float16.
+        key, value: [batch, seq, kv_heads, dim].
+        layer_past: see `indirect_access_kv_cache_attention`; written in place until it grows.
+        mask: [batch, L + seq] bool (True: seen); None: nothing is hidden.
+        scale: what the scores are multiplied by.
+        window: how many positions a query sees, its own included; None for all.
+        softcap, sinks: as in `attention`; the cache is then gathered for each call.
+        text_max_length: rows of a new cache.
+
+    Returns:
+        (out, present): out is [batch, seq, heads, dim].
+
+    Raises:
+        TypeError, ValueError: as `indirect_access_kv_cache_attention`.
+    """
+    out, *present = call(
+        _op_step,
+        query,
+        key,
+        value,
+        *layer_past,
+        None if mask is None else mask[:, None, None],
+        sinks,
+        scale,
+        True,
+        0 if window is None else window,
+        softcap,
+        text_max_length,
+    )
+    return out, cast(LayerPast, tuple(present))
+
+
+def gather_indirect(layer_past: LayerPast) -> tuple[Tensor, Tensor]:
+    """Copies of the keys and values that each row sees, [batch, L, kv_heads, dim]."""
+    return _gathered(layer_past, layer_past[0].size(-2))
+
+
+def _gathered(layer_past: LayerPast, past: int) -> tuple[Tensor, Tensor]:
+    info, key_cache, value_cache, beam_idx = layer_past
+    length = info.size(-2)
+    rows, columns = torch.arange(length).unsqueeze(1), _columns(beam_idx, past, length)
+    keys, values = key_cache[rows, columns], value_cache[rows, columns]
+    return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer_past: LayerPast | None,
+    past: int,
+    attention_mask: Tensor | None,
+    text_max_length: int,
+    options: dict[str, Any],
+) -> tuple[Tensor, LayerPast]:
+    """Appends, and attends with the `options` of `attention`; out is [batch, seq, heads, dim]."""
     _attention.heads("key", key, "[batch, seq, kv_heads, dim]")
     _attention.heads("value", value, "[batch, seq, kv_heads, dim]")
     value = value.to(key.dtype)
@@ -98,18 +203,52 @@ def indirect_access_kv_cache_attention(
     if past == 0:
         caches = _new_caches(key, value, layer_past, text_max_length)
         _append(key, value, caches, 0, caches[2].shape[1] // batch)
-        out = attention(query, key, value, mask=mask, causal=add_casual_mask, scale=scale)
+        out = attention(query, key, value, mask=mask, **options)
     else:
         assert layer_past is not None  # or past were 0
         caches = _grown(_check_caches(layer_past, key, past), past + seq)
         _append(key, value, caches, past, 1)
-        out = cast(
-            Tensor,
-            call(_op_indirect, query, *caches, past + seq, mask, None, scale, add_casual_mask),
-        )
-    length = past + seq
-    info = torch.zeros((), dtype=torch.int64).expand(1, length, length, 1)
-    return out.transpose(1, 2), None, (info, *caches)
+        out = _attend(query, (_info(past + seq), *caches), mask, **options)
+    return out, (_info(past + seq), *caches)
+
+
+def _info(length: int) -> Tensor:
+    return torch.zeros((), dtype=torch.int64).expand(1, length, length, 1)
+
+
+def _attend(
+    query: Tensor,
+    layer_past: LayerPast,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    **options: Any,
+) -> Tensor:
+    """Attention of the last tokens over a cache that holds them."""
+    info, *caches = layer_past
+    length = info.size(-2)
+    if not options:
+        out: Tensor = call(_op_indirect, query, *caches, length, mask, None, scale, causal)
+        return out
+    keys, values = _gathered(layer_past, length - query.shape[1])
+    return attention(query, keys, values, mask=mask, causal=causal, scale=scale, **options)
+
+
+def _columns(beam_idx: Tensor, past: int, length: int) -> Tensor:
+    """[length, batch]: in which column of the cache each position of each row lies.
+
+    The positions from `past` on are new, and nobody has reordered them yet.
+    """
+    own = torch.arange(beam_idx.shape[1])
+    beams = own.numel() // int(beam_idx[-1, 0])
+    shared = min(int(beam_idx[-2, 0]), past) if beams > 1 else 0
+    columns = own.repeat(length, 1)
+    columns[:shared] = own // beams * beams
+    column = own
+    for t in range(past - 1, shared - 1, -1):
+        column = columns[t] = beam_idx[t, column]
+    return columns
 
 
 def _past_length(layer_past: LayerPast | None, seq_info: int | Tensor | None) -> int:
@@ -151,7 +290,8 @@ def _new_caches(
     value_cache = value.new_empty((rows, columns, kv_heads, value.shape[3]), dtype=dtype)
     beams = columns // batch
     own = torch.arange(columns)
-    beam_idx = (own // beams * beams).repeat(rows + 2, 1)
+    beam_idx = own.repeat(rows + 2, 1)  # rows that nobody reorders go on with themselves
+    beam_idx[:seq] = own // beams * beams
     beam_idx[rows:] = 0
     beam_idx[rows, 0] = seq
     beam_idx[rows + 1, 0] = batch
@@ -185,13 +325,12 @@ def _check_caches(layer_past: LayerPast, key: Tensor, past: int) -> Caches:
 
 
 def _grown(caches: Caches, length: int) -> Caches:
-    """The caches with their rows doubled until `length` fit."""
+    """The caches with their rows doubled, or as many as `length`, if it does not fit."""
     key_cache, value_cache, beam_idx = caches
-    old = rows = key_cache.shape[0]
-    while rows < length:
-        rows *= 2
-    if rows == old:
+    old = key_cache.shape[0]
+    if length <= old:
         return caches
+    rows = max(2 * old, length)
 
     def grow(cache: Tensor) -> Tensor:
         new = cache.new_empty((rows, *cache.shape[1:]))
@@ -207,6 +346,10 @@ def _grown(caches: Caches, length: int) -> Caches:
 def _append(key: Tensor, value: Tensor, caches: Caches, past: int, beams: int) -> None:
     """Token t of sequence b into row past + t, column b * beams."""
     batch, seq = key.shape[:2]
+    if caches[0].dtype is key.dtype and not torch.is_grad_enabled():  # two copies: 6 us for 40
+        for new, cache in zip((key, value), caches, strict=False):
+            cache[past : past + seq, ::beams].copy_(new.transpose(0, 1))
+        return
     columns = caches[0].shape[1]
     slots = torch.arange(past * columns, (past + seq) * columns, beams)  # token by token
     if seq > 1:
@@ -217,6 +360,87 @@ def _append(key: Tensor, value: Tensor, caches: Caches, past: int, beams: int) -
         caches[0].transpose(1, 2),
         caches[1].transpose(1, 2),
         slots.flatten(),
+    )
+
+
+@torch.library.impl("lmfuse::attention_indirect_step", "CompositeExplicitAutograd")
+@torch.no_grad()
+def _op_step_impl(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seq_info: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    beam_idx: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    rows: int,
+) -> tuple[Tensor, ...]:
+    query = _attention.heads("query", query, "[batch, seq, heads, dim]")
+    past = _past_length((seq_info, key_cache, value_cache, beam_idx), None)
+    seq = query.shape[1]
+    options: dict[str, Any] = {}
+    if softcap or sinks is not None:
+        options = {"softcap": softcap, "sinks": sinks}
+    if window and window < past + seq:
+        if past == 0 or options:
+            options["window"] = (window - 1, -1)
+        else:
+            at = torch.arange(past + seq)
+            near = at > at[past:].unsqueeze(1) - window
+            mask = near if mask is None else mask & near
+    options |= {"causal": causal, "scale": scale}
+    layer_past = (seq_info, key_cache, value_cache, beam_idx)
+    out, present = _step(query, key, value, layer_past, past, mask, rows, options)
+    return out, *present
+
+
+def _either(first: Any, a: Any, b: Any) -> Any:
+    """`a` if `first` else `b`, without a guard where sizes are symbols."""
+    if isinstance(first, bool):
+        return a if first else b
+    zero = (a - a) + (b - b)  # makes a symbol of a number
+    return torch.sym_ite(first, a + zero, b + zero)  # type: ignore[no-untyped-call]
+
+
+@register_fake("attention_indirect_step")
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seq_info: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    beam_idx: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    rows: int,
+) -> tuple[Tensor, ...]:
+    seq, past = query.shape[1], seq_info.shape[-2]
+    length = past + seq
+    dtype = key_cache.dtype if key_cache.dtype in _attention.FP8 else key.dtype
+    if past == 0:
+        rows = _either(rows > seq, rows, rows + seq)
+    else:
+        held = key_cache.shape[0]
+        grown = torch.sym_max(2 * held, length)  # type: ignore[no-untyped-call]
+        rows = _either(length <= held, held, grown)
+    columns = beam_idx.shape[1]
+    return (
+        query.new_empty((*query.shape[:3], value.shape[3])),
+        seq_info.new_empty(()).expand(1, length, length, 1),
+        key.new_empty((rows, columns, *key.shape[2:]), dtype=dtype),
+        value.new_empty((rows, columns, *value.shape[2:]), dtype=dtype),
+        beam_idx.new_empty((rows + 2, columns)),
     )
 
 

@@ -142,6 +142,10 @@ def linear_concat(
         raise ValueError("weights is empty, but must hold at least one weight")
     x = _input(x, weights[0], "weights[0]")
     biases = [None] * len(weights) if biases is None else list(biases)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        # A frozen graph keeps a list of weights as one constant, out of which the first call of an
+        # op of the stable ABI moves the tensors: the second finds none.
+        return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     if len(biases) != len(weights):
         raise ValueError(f"biases has {len(biases)} entries, but weights has {len(weights)}")
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):

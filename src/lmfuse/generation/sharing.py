@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from lmfuse.functional.indirect_attention import LayerPast
 from lmfuse.generation.cache import Layer, SlidingLayer
+from lmfuse.generation.tuples import TupleCache, placeholders
 from lmfuse.modules import IndirectAccessKVCacheAttention
 
 # Layers whose `batch_repeat_interleave` repeats all that they hold.
@@ -41,39 +41,30 @@ def prefill(
     settings = generation_config
     repeats = max(settings.num_beams or 1, settings.num_return_sequences or 1)
     cache = model_kwargs.get("past_key_values")
+    few = None
     if repeats > 1 and not model.config.is_encoder_decoder:
         few = _first_of_each(repeats, {**model_kwargs, "input_ids": input_ids})
-        if few is not None and _shareable(cache):
-            outputs = stock(few.pop("input_ids"), settings, few, **options)
-            outputs.past_key_values.batch_repeat_interleave(repeats)
-            return _repeated(outputs, repeats)
-        if few is not None and cache is None and uses_tuples(model):
-            inputs = model.prepare_inputs_for_generation(**few, **options)
-            inputs["past_key_values"] = placeholders(model.config, input_ids.shape[0])
-            return _repeated(model(**inputs, return_dict=True), repeats)
-    return stock(input_ids, settings, model_kwargs, **options)
+    if few is None:
+        return stock(input_ids, settings, model_kwargs, **options)
+    whole = settings.prefill_chunk_size is None  # tuples share only what comes in one piece
+    if _shareable(cache):
+        outputs = stock(few.pop("input_ids"), settings, few, **options)
+        outputs.past_key_values.batch_repeat_interleave(repeats)
+    elif whole and isinstance(cache, TupleCache) and cache.get_seq_length() == 0:
+        cache.batch_repeat_interleave(repeats)
+        outputs = stock(few.pop("input_ids"), settings, few, **options)
+    elif whole and cache is None and uses_tuples(model):
+        inputs = model.prepare_inputs_for_generation(**few, **options)
+        inputs["past_key_values"] = placeholders(model.config, input_ids.shape[0])
+        outputs = model(**inputs, return_dict=True)
+    else:
+        return stock(input_ids, settings, model_kwargs, **options)
+    return _repeated(outputs, repeats)
 
 
 def uses_tuples(model: nn.Module) -> bool:
     """Whether the caches of `model` are the tuples of `IndirectAccessKVCacheAttention`."""
     return any(isinstance(m, IndirectAccessKVCacheAttention) for m in model.modules())
-
-
-def placeholders(
-    config: Any, rows: int, dtype: torch.dtype = torch.float32
-) -> tuple[LayerPast, ...]:
-    """What a model that uses tuples is given before its first token; see `lmfuse.functional`.
-
-    Args:
-        config: of the model; says how many layers it has.
-        rows: the batch times the beams.
-        dtype: that of the keys, or an fp8 to store them in.
-    """
-    none = torch.zeros((1, 0, 0, 1), dtype=torch.int64)
-    states = torch.zeros((1, 1, 1, 1), dtype=dtype)
-    columns = torch.zeros((1, rows), dtype=torch.int64)
-    layers = config.get_text_config(decoder=True).num_hidden_layers
-    return ((none, states, states, columns),) * layers
 
 
 def _shareable(cache: Any) -> bool:
@@ -94,7 +85,7 @@ def _first_of_each(repeats: int, inputs: dict[str, Any]) -> dict[str, Any] | Non
                 continue
             if value.shape[:1] != (rows,) or rows % repeats:
                 return None
-            groups = value.unflatten(0, (-1, repeats))
+            groups = value.view(-1, repeats, *value.shape[1:])
             if not torch.equal(groups, groups[:, :1].expand_as(groups)):
                 return None
             few[name] = groups[:, 0]

@@ -21,6 +21,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lmfuse import functional
 from lmfuse.generation.cache import Cached
+from lmfuse.generation.tuples import Appended
 
 NAME, PAGED_NAME = "lmfuse", "lmfuse_flash"
 
@@ -63,8 +64,11 @@ def mask(
     window = _window(mask_function)
     end = kv_offset + kv_length
     # Causal masks are aligned at the lower right, which these keys must be as well.
-    q_offset = int(q_offset)
+    if isinstance(q_offset, Tensor):  # of a SymInt, int() would make a constant
+        q_offset = int(q_offset)
     aligned = q_offset + q_length == end
+    if window != 0 and kv_offset == 0 and attention_mask is not None and _jit_traces():
+        return _windowed(attention_mask, window)  # whole: a graph must not keep these lengths
     if window == 0 or not aligned or (attention_mask is not None and attention_mask.shape[1] < end):
         if not bidirectional:
             kwargs["allow_is_causal_skip"] = False
@@ -86,7 +90,15 @@ def mask(
             attention_mask = None
     elif hides:
         attention_mask = torch.ones((), dtype=torch.bool).expand(batch_size, kv_length)
-    if window is not None and attention_mask is not None:
+    return attention_mask if attention_mask is None else _windowed(attention_mask, window)
+
+
+def _jit_traces() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _windowed(attention_mask: Tensor, window: int | None) -> Tensor:
+    if window is not None:
         attention_mask = attention_mask.view_as(attention_mask)  # the caller's has no window
         setattr(attention_mask, _WINDOW, window)
     return attention_mask
@@ -147,6 +159,8 @@ def attention(
         sliding_window = getattr(attention_mask, _WINDOW, sliding_window)
         attention_mask = attention_mask if _hides(attention_mask) else None
     window = sliding_window if causal and not whole else None
+    if isinstance(key, Appended) and isinstance(value, Appended):
+        return _appended(query, key, value, attention_mask, scaling, window, softcap, s_aux), None
     if kwargs.get("output_attentions"):
         options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
         options |= {} if alibi is None else {"alibi": alibi}
@@ -239,6 +253,24 @@ def paged(
         "sinks": s_aux,
     }
     return _packed(q, k, v, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], packed), None
+
+
+def _appended(
+    query: Tensor,
+    key: Appended,
+    value: Appended,
+    mask: Tensor | None,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention over a tuple cache, which appends the new keys and values itself."""
+    if mask is not None and mask.dim() != 2:
+        raise ValueError("a tuple cache takes no mask but [batch, tokens], of what is padding")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    states = key.states, value.states
+    return key.layer.attend(query, *states, mask, scale, window, softcap or 0.0, sinks)
 
 
 def _hides(seen: Tensor | None) -> bool:

@@ -10,8 +10,10 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.search import SharesPrompts
+from lmfuse.generation.tuples import TupleCache, placeholders
 from lmfuse.hf import attention, attention_modules, swap
 from lmfuse.hf.inputs import Explains
+from lmfuse.hf.tracing import TakesTuples, forget_graphs
 
 _STATE = "_lmfuse_attention"
 
@@ -24,7 +26,7 @@ _LOOPS = (
 )
 
 
-class FusedGeneration(Explains, SharesPrompts, swap.Fused):
+class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
     """A model that generates with `lmfuse.generation.Cache` where the caller named no cache."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -36,7 +38,7 @@ class FusedGeneration(Explains, SharesPrompts, swap.Fused):
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Ours, where transformers prepares a DynamicCache for a loop that we know."""
-        settings, model_kwargs, mode = (*args, *kwargs.values())[:3]
+        settings, model_kwargs, mode, batch = (*args, *kwargs.values())[:4]
         done = super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
         if (
@@ -45,6 +47,9 @@ class FusedGeneration(Explains, SharesPrompts, swap.Fused):
             and mode in _LOOPS
             and settings.cache_implementation is None
         ):
+            if "trace_graph" in vars(self):
+                model_kwargs["past_key_values"] = TupleCache(placeholders(self.config, batch))
+                return done
             ours = Cache(self.config.get_text_config(decoder=True))
             if ours.layer_class_to_replicate is not None or any(
                 isinstance(layer, Layer) for layer in ours.layers
@@ -90,6 +95,7 @@ def join(model: nn.Module, done: swap.Report) -> None:
 def leave(model: nn.Module) -> None:
     """Gives every transformers model in `model` the attention it had; classes are `swap`'s."""
     for module in model.modules():
+        forget_graphs(module)
         before = vars(module).pop(_STATE, None)
         if before is None:
             continue

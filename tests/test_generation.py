@@ -15,6 +15,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -24,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import intel_extension_for_pytorch as ipex
 import lmfuse
+from lmfuse.generation.processors import quickened
 from lmfuse.modules import IndirectAccessKVCacheAttention
 
 SIZES = {
@@ -230,6 +233,26 @@ def test_outputs_have_the_rows_that_stock_gives_them() -> None:
         for mine, other in zip(out.hidden_states, expected.hidden_states, strict=True):
             for a, b in zip(mine, other, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ends", [[2], [2, 7, 100, 500], [-1, 3]])
+def test_quick_processors_give_the_scores_of_transformers(ends: list[int]) -> None:
+    scores = torch.randn(3, 128)
+    before = scores.clone()
+    for length in (4, 8, 9, 12):
+        ids = torch.zeros(3, length, dtype=torch.long)
+        theirs = [
+            MinLengthLogitsProcessor(9, torch.tensor(ends)),
+            MinNewTokensLengthLogitsProcessor(5, 4, torch.tensor(ends)),
+            TopKLogitsWarper(5),
+        ]
+        ours = quickened(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a(ids, scores), b(ids, scores))
+            assert isinstance(a, type(b))
+        assert (type(ours[0]) is type(theirs[0])) == (-1 in ends)
+        assert ours[2] is theirs[2]
+    assert torch.equal(scores, before)
 
 
 class Seventh(StoppingCriteria):

@@ -9,6 +9,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from lmfuse.generation.cache import Cache, Layer
+from lmfuse.generation.processors import quickened
 from lmfuse.generation.search import SharesPrompts
 from lmfuse.generation.tuples import TupleCache, placeholders
 from lmfuse.hf import attention, attention_modules, swap
@@ -56,6 +57,9 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
             ):
                 model_kwargs["past_key_values"] = ours
         return done
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        return quickened(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """See transformers' `ContinuousMixin.init_continuous_batching`."""

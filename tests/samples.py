@@ -30,6 +30,17 @@ def _packed() -> Tensor:
     return F.pack_linear(torch.randn(45, 36)).packed
 
 
+def _quantized(zeros: bool = False, order: bool = False) -> Tensor:
+    return F.pack_quantized(
+        "int4",
+        torch.randint(0, 16, (45, 36), dtype=torch.uint8),
+        torch.rand(45, 2),
+        torch.ones(45, 2) if zeros else None,
+        group_size=32,
+        g_idx=torch.arange(36) % 2 if order else None,
+    )
+
+
 def _heads(heads: int) -> Tensor:
     return torch.randn(2, 3, heads, 16)
 
@@ -185,6 +196,35 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
             act,
         )
         for act in ("silu", "gelu")
+    ],
+    "woq_pack": lambda: [
+        (
+            torch.ones(45, 36, dtype=torch.uint8),
+            torch.rand(45, 2),
+            torch.rand(45, 2),
+            torch.randperm(36, dtype=torch.int32),
+            1,
+            1,
+            32,
+            torch.float32,
+        )
+    ],
+    "woq_header": lambda: [(_quantized(),)],
+    "woq_unpack": lambda: [
+        (_quantized(), 45, 36, 2, False, 0),
+        (_quantized(True, True), 45, 36, 2, True, 64),
+    ],
+    "woq_values": lambda: [
+        (_quantized(), None, 45, 36),
+        (_quantized(order=True), torch.tensor([[3, 44], [0, 3]]), 45, 36),
+    ],
+    "woq": lambda: [
+        (_x(), _quantized(), torch.randn(45), 45, 1, False, 4, None, None),
+        (_x(), _quantized(), None, 45, 2, True, 5, torch.randn(3, 5, 45), None),
+    ],
+    "woq_gate_up": lambda: [(_x(), _quantized(), _quantized(), None, torch.randn(45), 45, 0, True)],
+    "woq_concat": lambda: [
+        (_x(), [_quantized(), _quantized()], [torch.randn(45)], 2, 90, 1, False)
     ],
     "rope": lambda: [(_heads(4), *_angles(), None, 16, True, False)],
     "rope_qk": lambda: [

@@ -154,7 +154,8 @@ constexpr int64_t kRowBlock = 512;  // rows that share one pass over the weight
 // along k (one, where every channel has one scale), each of them scales[32], zeros[32] if there are
 // any, and the codes, k padded with zeros to a multiple of woq_step:
 //   int8, fp8   [k / 4][32][4] bytes, fp8 being e4m3
-//   int4, nf4   [k / 8][32] words of 32 bits: nibbles k 0, 2, 4, 6 in the lower half, 1, 3, 5, 7 above
+//   int4, nf4   [k / 8][32] words of 32 bits: nibbles k 0, 2, 4, 6 in the lower half, 1, 3, 5, 7
+//   above
 // One layout for every instruction set and kind of arithmetic: four bytes are what VPDPBUSD and the
 // tiles take, and a word shifted by a nibble is two indices into a table of bf16.
 enum class WoqKind : int8_t { int8, int4, nf4, fp8 };
@@ -215,9 +216,7 @@ constexpr int64_t kWoqBlock = 256;
 constexpr int64_t woq_block(const WoqFormat& f) {
   return f.group < kWoqBlock ? f.group : kWoqBlock;
 }
-constexpr int64_t woq_blocks(const WoqFormat& f) {
-  return (f.k + woq_block(f) - 1) / woq_block(f);
-}
+constexpr int64_t woq_blocks(const WoqFormat& f) { return (f.k + woq_block(f) - 1) / woq_block(f); }
 
 // Rows of x, as the kernel wants them: columns in the order of the panels, padded with zeros as
 // these are, and for each block the sum of what it then holds. As int8: x / scale, with a scale for

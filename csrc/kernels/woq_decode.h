@@ -93,10 +93,8 @@ LMFUSE_INLINE void decode_words(const WoqBlock& block, float* to, F f) {
 // The values themselves, each rounded once.
 LMFUSE_INLINE void decode_f32(const WoqFormat& f, const WoqBlock& block, float* to) {
   const WoqScales s = load_scales(f, block, middle(f));
-  const auto value = [&](Vec q, int v)
-                         LMFUSE_LAMBDA { return (q - s.zero[v]) * s.scale[v]; };
-  const auto shifted = [&](Vec q, int v)
-                           LMFUSE_LAMBDA { return fma(q, s.scale[v], s.offset[v]); };
+  const auto value = [&](Vec q, int v) LMFUSE_LAMBDA { return (q - s.zero[v]) * s.scale[v]; };
+  const auto shifted = [&](Vec q, int v) LMFUSE_LAMBDA { return fma(q, s.scale[v], s.offset[v]); };
   const auto byte_at = [&](Words w, int i) LMFUSE_LAMBDA { return number(byte(w, i)); };
   const auto nibble_at = [&](Words w, int i)
                              LMFUSE_LAMBDA { return number(w >> nibble_shift(i) & 15u); };
@@ -104,8 +102,8 @@ LMFUSE_INLINE void decode_f32(const WoqFormat& f, const WoqBlock& block, float* 
   switch (f.kind) {
     case WoqKind::int8:
       if (offset)
-        return decode_words<4>(
-            block, to, [&](Words w, int i, int v) { return shifted(byte_at(w, i), v); });
+        return decode_words<4>(block, to,
+                               [&](Words w, int i, int v) { return shifted(byte_at(w, i), v); });
       return decode_words<4>(block, to,
                              [&](Words w, int i, int v) { return value(byte_at(w, i), v); });
     case WoqKind::fp8:
@@ -113,8 +111,8 @@ LMFUSE_INLINE void decode_f32(const WoqFormat& f, const WoqBlock& block, float* 
                              [&](Words w, int i, int v) { return value(e4m3(w >> 8 * i), v); });
     case WoqKind::int4:
       if (offset)
-        return decode_words<8>(
-            block, to, [&](Words w, int i, int v) { return shifted(nibble_at(w, i), v); });
+        return decode_words<8>(block, to,
+                               [&](Words w, int i, int v) { return shifted(nibble_at(w, i), v); });
       return decode_words<8>(block, to,
                              [&](Words w, int i, int v) { return value(nibble_at(w, i), v); });
     case WoqKind::nf4:

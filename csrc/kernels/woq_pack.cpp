@@ -70,8 +70,7 @@ void woq_pack(const WoqPackArgs& a, int64_t begin, int64_t end) {
         using T = decltype(t);
         for (int64_t g = 0; g < groups; ++g) {
           put<T>(panel.scales(g), c, a.scales[n * groups + g]);
-          if (f.zero != WoqZero::none)
-            put<T>(panel.scales(g), kPanel + c, a.zeros[n * groups + g]);
+          if (f.zero != WoqZero::none) put<T>(panel.scales(g), kPanel + c, a.zeros[n * groups + g]);
         }
       });
       const uint8_t* codes = a.codes + n * a.k;

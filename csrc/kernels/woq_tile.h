@@ -78,9 +78,7 @@ using Ints = __m256i;
 LMFUSE_INLINE Ints load_ints(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
-LMFUSE_INLINE void store_ints(void* p, Ints a) {
-  _mm256_storeu_si256(static_cast<__m256i*>(p), a);
-}
+LMFUSE_INLINE void store_ints(void* p, Ints a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
 LMFUSE_INLINE Ints same_ints(int x) { return _mm256_set1_epi32(x); }
 LMFUSE_INLINE Ints odd_bytes(Ints a) { return _mm256_srai_epi16(a, 8); }
 LMFUSE_INLINE Ints even_bytes(Ints a) { return odd_bytes(_mm256_slli_epi16(a, 8)); }

@@ -1,9 +1,10 @@
 // Linear layers over packed weights. A packed weight is a tensor of bytes: a header, which says
 // what follows and is checked against the length at every use, and the panels (kernels.h).
+#include "linear.h"
+
 #include <cstring>
 #include <vector>
 
-#include "linear.h"
 #include "memory.h"
 
 namespace lmfuse {

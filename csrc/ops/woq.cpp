@@ -413,8 +413,7 @@ Tensor woq_concat(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> bia
     a.out.data = static_cast<char*>(a.out.data) + column * element_bytes(out);
     column += a.n;
   }
-  if (out.numel())
-    run(x, first, how, products.data(), static_cast<int64_t>(products.size()));
+  if (out.numel()) run(x, first, how, products.data(), static_cast<int64_t>(products.size()));
   return out;
 }
 
@@ -428,8 +427,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
   m.def(
       "woq_unpack(Tensor packed, int out_features, int in_features, int groups, bool zeros,"
       " int columns) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "woq_values(Tensor packed, Tensor? rows, int out_features, int in_features) -> Tensor");
+  m.def("woq_values(Tensor packed, Tensor? rows, int out_features, int in_features) -> Tensor");
   m.def(
       "woq(Tensor x, Tensor weight, Tensor? bias, int out_features, int compute,"
       " bool block_scales, int post, Tensor? other, Tensor? other2) -> Tensor");

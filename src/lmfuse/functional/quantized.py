@@ -1,9 +1,9 @@
 """Quantized weights: what is in them, packing, unpacking, and the values that they stand for.
 
-A quantized weight is one plain tensor of bytes: a header, panels with codes and scales in the layout
-of csrc/kernels/kernels.h, and the order of the columns where groups are scattered. So it is saved,
-copied, shared and moved like any buffer; header and length are checked at every use. The layout
-depends neither on the instruction set, nor on threads, nor on how it will be multiplied.
+A quantized weight is one plain tensor of bytes: a header, panels with codes and scales in the
+layout of csrc/kernels/kernels.h, and the order of the columns where groups are scattered. So it is
+saved, copied, shared and moved like any buffer; header and length are checked at every use. The
+layout depends neither on the instruction set, nor on threads, nor on how it will be multiplied.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ def _order(g_idx: Tensor, k: int, group_size: int) -> Tensor:
     if bool((counts[:-1] == group_size).all()):
         return sorted_
     order = torch.full((groups, group_size), -1, dtype=torch.int32)
-    for group, columns in enumerate(sorted_.split(counts.tolist())):
+    for group, columns in enumerate(torch.split(sorted_, counts.tolist())):
         order[group, : len(columns)] = columns
     return order.flatten()
 

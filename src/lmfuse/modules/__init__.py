@@ -28,6 +28,7 @@ from lmfuse.modules.linear_fusion import (
     linearSiluMul,
 )
 from lmfuse.modules.norm import FastLayerNorm, RMSNorm
+from lmfuse.modules.quantized_linear import QuantizedLinear
 from lmfuse.modules.rope import RotaryEmbedding
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "LinearSilu",
     "LinearSiluMul",
     "PagedAttention",
+    "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",
     "VarlenAttention",

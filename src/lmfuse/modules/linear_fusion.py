@@ -1,9 +1,9 @@
 """Linear layers with what follows them, with the names and arguments of `ipex.llm.modules`.
 
-Each takes an existing layer and keeps it: over `lmfuse.modules.Linear`, one fused kernel, which
-rounds once; over a plain nn.Linear (which is then the user's own: its weight may change, and it may
-train), the layer and torch's operation after it, each of which rounds. A hook on the layer is
-honoured: it sees the result of the layer, and what follows is then not fused.
+Each takes an existing layer and keeps it: over `lmfuse.modules.Linear` and `QuantizedLinear`, one
+fused kernel, which rounds once; over a plain nn.Linear (which is then the user's own: its weight
+may change, and it may train), the layer and torch's operation after it, each of which rounds. A
+hook on the layer is honoured: it sees the result of the layer, and what follows is then not fused.
 """
 
 from __future__ import annotations
@@ -16,36 +16,43 @@ from lmfuse import functional
 from lmfuse.functional import PackedWeight
 from lmfuse.functional.linear import UNFUSED
 from lmfuse.functional.packed import alike
+from lmfuse.modules import quantized_linear
 from lmfuse.modules.linear import Linear, Transposed
+from lmfuse.modules.quantized_linear import QuantizedLinear
 
 # Those of packed layers that compute nothing else; siblings share their work already.
 _FORWARDS = (Linear.forward, Transposed.forward)
 
 
-def fusable(linear: nn.Module) -> bool:
-    """Whether `linear` is a packed layer that nobody watches."""
-    return (
-        type(linear).forward in _FORWARDS
-        and isinstance(linear.weight, PackedWeight)
-        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
+def fusable(linear: Any) -> bool:
+    """Whether `linear` is a packed or quantized layer that nobody watches."""
+    packed = type(linear).forward in _FORWARDS and isinstance(linear.weight, PackedWeight)
+    return (packed or type(linear) is QuantizedLinear) and not (
+        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
     )
 
 
 def fused_linear(linear: Any, x: Tensor, post: str, *operands: Tensor) -> Tensor:
     """post(linear(x), *operands) of `functional.linear`, in one kernel where `linear` is packed."""
-    if fusable(linear):
-        return functional.linear(x, linear.weight, linear.bias, post, *operands)
-    return UNFUSED[post](linear(x), *operands)
+    if not fusable(linear):
+        return UNFUSED[post](linear(x), *operands)
+    if type(linear) is QuantizedLinear:
+        return linear.run(x, post, *operands)
+    return functional.linear(x, linear.weight, linear.bias, post, *operands)
 
 
-def joinable(a: nn.Module, b: nn.Module) -> bool:
+def joinable(a: Any, b: Any) -> bool:
     """Whether two layers over one input can run in one walk over their weights."""
-    return fusable(a) and fusable(b) and alike(a.weight, b.weight)  # type: ignore[arg-type]
+    if not (fusable(a) and fusable(b) and type(a) is type(b)):
+        return False
+    return a.alike(b) if type(a) is QuantizedLinear else alike(a.weight, b.weight)
 
 
 def _checked(name: str, linear: object) -> nn.Module:
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"{name} is {type(linear).__name__}, but must be a torch.nn.Linear")
+    if not isinstance(linear, (nn.Linear, QuantizedLinear)):
+        raise TypeError(
+            f"{name} is {type(linear).__name__}, but must be a torch.nn.Linear or a QuantizedLinear"
+        )
     return linear
 
 
@@ -139,8 +146,13 @@ class Linear2SiluMul(nn.Module):
 
 def silu_gate_up(x: Tensor, gate: Any, up: Any) -> Tensor:
     """silu(gate(x)) · up(x), in one sweep where both are packed alike."""
-    if joinable(gate, up) and gate.weight.out_features == up.weight.out_features:
-        return functional.linear_gate_up(x, gate.weight, up.weight, gate.bias, up.bias)
+    if joinable(gate, up):
+        quantized = type(gate) is QuantizedLinear
+        a, b = (gate, up) if quantized else (gate.weight, up.weight)
+        if a.out_features == b.out_features and quantized:
+            return quantized_linear.gate_up(x, gate, up)
+        if a.out_features == b.out_features:
+            return functional.linear_gate_up(x, gate.weight, up.weight, gate.bias, up.bias)
     return UNFUSED["silu_mul"](gate(x), up(x))
 
 
@@ -171,6 +183,8 @@ class ConcatLinear(nn.Module):
 def concat(x: Tensor, *linears: Any) -> tuple[Tensor, ...]:
     """linear(x) of each, in one walk over the weights where all are packed alike."""
     if all(joinable(linears[0], linear) for linear in linears):
+        if type(linears[0]) is QuantizedLinear:
+            return quantized_linear.concat(x, *linears)
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
         return functional.linear_concat(x, weights, biases)
     return tuple(linear(x) for linear in linears)

@@ -214,7 +214,8 @@ enum class WoqCompute : int8_t { f32, bf16, int8 };
 // Blocks of k, within groups: sums over each are scaled, and added in order.
 constexpr int64_t kWoqBlock = 256;
 constexpr int64_t woq_block(const WoqFormat& f) {
-  return f.group < kWoqBlock ? f.group : kWoqBlock;
+  const int64_t group = (f.group + f.step() - 1) / f.step() * f.step();
+  return group < kWoqBlock ? group : kWoqBlock;
 }
 constexpr int64_t woq_blocks(const WoqFormat& f) { return (f.k + woq_block(f) - 1) / woq_block(f); }
 

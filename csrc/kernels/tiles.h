@@ -4,6 +4,7 @@
 //   Tiles tiles(rows);               takes the tile unit for this thread until the end of the
 //   scope;
 //                                    tiles 0 to 5 (c and a) have so many rows, 6 and 7 (b) all 16
+//   Tiles tiles(rows, 32);           rows of a have so many bytes, and b as many rows as that takes
 //   tiles.zero<0>();
 //   tiles.load<4>(a, stride);        rows of 64 bytes, stride bytes apart, any alignment
 //   tiles.load<6>(b, stride);
@@ -32,7 +33,7 @@ constexpr int kTiles = 8, kTileRows = 16, kTileBytes = 64, kFirstB = 6;
 
 class Tiles {
  public:
-  explicit Tiles(int rows = kTileRows) : rows_(rows) {}
+  explicit Tiles(int rows = kTileRows, int depth = kTileBytes) : rows_(rows), depth_(depth) {}
   Tiles(const Tiles&) = delete;
 
   template <int t>
@@ -61,7 +62,7 @@ class Tiles {
     for (int m = 0; m < rows_; ++m)
       for (int n = 0; n < kTileBytes / 4; ++n) {
         float part[2] = {0.0f, 0.0f};
-        for (int k = 0; k < kTileBytes / 2; ++k) {
+        for (int k = 0; k < depth_ / 2; ++k) {
           const float x = bf16(get<uint16_t>(a, m, k));
           const float y = bf16(get<uint16_t>(b, k / 2, 2 * n + k % 2));
           part[k % 2] = flush(__builtin_fmaf(x, y, part[k % 2]));
@@ -75,14 +76,14 @@ class Tiles {
     for (int m = 0; m < rows_; ++m)
       for (int n = 0; n < kTileBytes / 4; ++n) {
         uint32_t sum = get<uint32_t>(c, m, n);  // wraps around
-        for (int k = 0; k < kTileBytes; ++k)
+        for (int k = 0; k < depth_; ++k)
           sum += static_cast<uint32_t>(get<int8_t>(a, m, k) * get<int8_t>(b, k / 4, 4 * n + k % 4));
         set(c, m, n, sum);
       }
   }
 
  private:
-  int rows(int t) const { return t < kFirstB ? rows_ : kTileRows; }
+  int rows(int t) const { return t < kFirstB ? rows_ : depth_ / 4; }
   template <class T>
   T get(int t, int r, int i) const {
     T value;
@@ -98,7 +99,7 @@ class Tiles {
     return flush(bit_cast<float>(static_cast<uint32_t>(bits) << 16));
   }
 
-  int rows_;
+  int rows_, depth_;
   char data_[kTiles][kTileRows][kTileBytes];
 };
 
@@ -108,15 +109,16 @@ class Tiles {
 // only, not as a template argument.
 class Tiles {
  public:
-  LMFUSE_INLINE explicit Tiles(int rows = kTileRows) {
+  LMFUSE_INLINE explicit Tiles(int rows = kTileRows, int depth = kTileBytes) {
     struct alignas(64) Config {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
     for (int t = 0; t < kTiles; ++t) {
-      config.row_bytes[t] = kTileBytes;
-      config.rows[t] = static_cast<uint8_t>(t < kFirstB ? rows : kTileRows);
+      const bool a = t == kFirstB - 2 || t == kFirstB - 1;
+      config.row_bytes[t] = static_cast<uint16_t>(a ? depth : kTileBytes);
+      config.rows[t] = static_cast<uint8_t>(t < kFirstB ? rows : depth / 4);
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
   }

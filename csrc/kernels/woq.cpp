@@ -11,18 +11,20 @@ namespace {
 
 // One tile of rows and one block: where both come from, and go to.
 struct Step {
-  int64_t row, index;  // of the first row and of the block
+  int64_t row;            // the first
+  int64_t index, blocks;  // which of how many
   const WoqBlock& block;
   const char* codes;  // decoded
   float* sum;
   bool first_tile;
 };
 
-// sum += ((acc - zero * x_sum) * scale + offset * x_sum) * x_scale, of one block.
+// sum += ((acc - (raised + zero) * x_sum) * scale + offset * x_sum) * x_scale, of one block. What
+// the tile raised the weights by is taken off apart, and exactly, so that all tiles give the same.
 template <class Acc, class Scale>
 LMFUSE_INLINE void add_block(const WoqArgs& a, const TileRows& rows, const Step& s,
-                             const WoqScales& w, bool raised, const Acc* acc, Scale x_scale) {
-  const int64_t blocks = woq_blocks(a.format);
+                             const WoqScales& w, bool zeros, float raised, const Acc* acc,
+                             Scale x_scale) {
   const auto load_acc = [](const Acc* p) LMFUSE_LAMBDA {
     if constexpr (__is_same(Acc, float)) {
       return load(p);
@@ -30,15 +32,16 @@ LMFUSE_INLINE void add_block(const WoqArgs& a, const TileRows& rows, const Step&
       return number(load_words(p));
     }
   };
-  with_flag(raised || a.format.zero == WoqZero::zero, [&](auto zero) {
+  with_flag(zeros, [&](auto zero) {
     with_flag(a.format.zero == WoqZero::offset, [&](auto offset) {
       for (int64_t t = 0; t < rows.count; ++t) {
         const int64_t at = rows.at(t) * kPanel, row = s.row + t;
-        const float x_sum = a.sums[row * blocks + s.index], x_factor = x_scale(row);
+        const float x_sum = a.sums[row * s.blocks + s.index], x_factor = x_scale(row);
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
           float* sum = s.sum + at + v * kLanes;
           Vec z = load_acc(acc + at + v * kLanes);
+          if constexpr (!__is_same(Acc, float)) z = z - broadcast(raised * x_sum);
           if constexpr (decltype(zero)::value) z = z - w.zero[v] * broadcast(x_sum);
           if constexpr (!__is_same(Acc, float)) z = z * broadcast(x_factor);
           z = fma(z, w.scale[v], load(sum));
@@ -58,7 +61,9 @@ struct F32 {
   using Tile = FmaTile<float>;
   static constexpr int64_t kBytes = 4;
 
-  static const char* decode(const WoqFormat& f, const WoqBlock& block, char* to) {
+  static Tile tile(int64_t rows, const WoqFormat&) { return Tile(rows); }
+
+  static const char* decode(const WoqFormat& f, const WoqBlock& block, char* to, bool) {
     decode_f32(f, block, reinterpret_cast<float*>(to));
     return to;
   }
@@ -70,6 +75,13 @@ struct F32 {
 
 #if defined(__AVX512BF16__)
 
+LMFUSE_INLINE void add_bf16_block(const WoqArgs& a, const TileRows& rows, const Step& s,
+                                  const float* acc) {
+  const WoqScales w = load_scales(a.format, s.block, 0.0f);
+  add_block(a, rows, s, w, a.format.zero == WoqZero::zero, 0.0f, acc,
+            [](int64_t) LMFUSE_LAMBDA { return 1.0f; });
+}
+
 struct Bf16 {
 #if defined(LMFUSE_TILES)
   using Tile = AmxTile;
@@ -78,41 +90,79 @@ struct Bf16 {
 #endif
   static constexpr int64_t kBytes = 2;
 
-  static const char* decode(const WoqFormat& f, const WoqBlock& block, char* to) {
-    decode_bf16(f, block, to);
+  static Tile tile(int64_t rows, const WoqFormat&) { return Tile(rows); }
+  static const char* decode(const WoqFormat& f, const WoqBlock& block, char* to, bool) {
+    with_bf16_decoder(f, [&](const auto& decoder)
+                             LMFUSE_LAMBDA { decode_bf16(decoder, block.codes, block.k, to); });
     return to;
   }
   static void step(const WoqArgs& a, Tile& tile, const Step& s) {
     alignas(64) float acc[Tile::kRows * kPanel];
     const bf16_t* x = static_cast<const bf16_t*>(a.x) + s.row * a.lda + s.block.k0;
     tile.run(x, a.lda, s.codes, s.block.k, acc, false, nothing_ahead(s.codes));
-    const WoqScales w = load_scales(a.format, s.block, 0.0f);
-    add_block(a, tile.rows(), s, w, false, acc, [](int64_t) LMFUSE_LAMBDA { return 1.0f; });
+    add_bf16_block(a, tile.rows(), s, acc);
   }
 };
 
-#endif
+#if defined(LMFUSE_TILES)
 
-struct Int8 {
-  using Tile = Int8Tile;
-  static constexpr int64_t kBytes = 1;
+struct FewBf16 {
+  using Tile = AmxFewTile;
+  static constexpr int64_t kBytes = 0;
 
-  static const char* decode(const WoqFormat& f, const WoqBlock& block, char* to) {
-    return decode_int8(f, block, to);
+  static Tile tile(int64_t rows, const WoqFormat&) { return Tile(rows); }
+  static const char* decode(const WoqFormat&, const WoqBlock& block, char*, bool) {
+    return block.codes;
   }
   static void step(const WoqArgs& a, Tile& tile, const Step& s) {
+    alignas(64) float acc[Tile::kRows * kPanel];
+    const bf16_t* x = static_cast<const bf16_t*>(a.x) + s.row * a.lda + s.block.k0;
+    with_bf16_decoder(a.format, [&](const auto& decoder) LMFUSE_LAMBDA {
+      tile.run(x, a.lda, s.codes, s.block.k, acc, decoder);
+    });
+    add_bf16_block(a, tile.rows(), s, acc);
+  }
+};
+
+#else
+using FewBf16 = Bf16;
+#endif
+
+#endif
+
+template <class T>
+struct Int8 {
+  using Tile = T;
+  static constexpr int64_t kBytes = 1;
+
+  static Tile tile(int64_t rows, const WoqFormat& f) { return Tile(rows, f.step()); }
+
+  static const char* decode(const WoqFormat& f, const WoqBlock& block, char* to, bool shared) {
+    return Tile::kPacked && !shared ? block.codes : decode_int8(f, block, to);
+  }
+  static void step(const WoqArgs& a, Tile& tile, const Step& s) {
+    const bool nibbles = a.format.nibbles(), direct = s.codes == s.block.codes;
+    const Int8Codes codes{s.codes, nibbles, nibbles && direct, direct && s.first_tile};
     alignas(64) int32_t acc[Tile::kRows * kPanel];
     const int8_t* x = static_cast<const int8_t*>(a.x) + s.row * a.lda + s.block.k0;
-    tile.run(x, a.lda, s.codes, s.block.k, acc, s.first_tile && s.codes == s.block.codes);
-    const float raised = middle(a.format) + Tile::kRaised;
-    const WoqScales w = load_scales(a.format, s.block, raised);
-    const int64_t blocks = a.block_scales ? woq_blocks(a.format) : 1;
+    tile.run(x, a.lda, codes, s.block.k, acc);
+    const WoqScales w = load_scales(a.format, s.block, middle(a.format));
+    const int64_t blocks = a.block_scales ? s.blocks : 1;
     const float* scales = a.scales + (a.block_scales ? s.index : 0);
-    add_block(a, tile.rows(), s, w, raised != 0.0f, acc,
+    add_block(a, tile.rows(), s, w, a.format.zero == WoqZero::zero || middle(a.format) != 0.0f,
+              Tile::raised(nibbles), acc,
               [=](int64_t row) LMFUSE_LAMBDA { return scales[row * blocks]; });
   }
 };
 
+// For few rows a level may have another tile that gives the same bits.
+#if defined(LMFUSE_TILES)
+using ManyInt8Tile = AmxInt8Tile;
+#else
+using ManyInt8Tile = Int8Tile;
+#endif
+
+constexpr int kFewInt8Rows = Int8Tile::kRows < 4 ? Int8Tile::kRows : 4;
 constexpr int64_t kPanelGroup = 8;  // panels whose accumulators wait together
 
 template <class Family>
@@ -128,15 +178,16 @@ void panels(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last)
     return a.scratch + w * sums + ((p - first) * rows.count + t) * kTile;
   };
   // A group that is shorter than a step of the tiles is padded to one.
-  alignas(64) char decoded[kWoqBlock * kPanel * Family::kBytes];
-  Tile tile(rows.height);
-  for (int64_t b = 0; b < blocks; ++b)
+  alignas(64) char decoded[kWoqBlock * kPanel * Family::kBytes + 64];
+  Tile tile = Family::tile(rows.height, f);
+  for (WoqBlocks at(f); at; ++at)
     for (int64_t p = first; p < last; ++p)
       for (int64_t w = 0; w < weights; ++w) {
-        const WoqBlock block(f, data[w] + p * bytes, b);
-        const char* codes = Family::decode(f, block, decoded);
+        const WoqBlock block(*at, data[w] + p * bytes);
+        const char* codes = Family::decode(f, block, decoded, rows.count > 1);
         for (int64_t t = 0; t < rows.count; ++t)
-          Family::step(a, tile, {rows.first(t), b, block, codes, sum(w, p, t), t == 0});
+          Family::step(a, tile,
+                       {rows.first(t), (*at).index, blocks, block, codes, sum(w, p, t), t == 0});
       }
   for (int64_t p = first; p < last; ++p)
     for (int64_t t = 0; t < rows.count; ++t)
@@ -159,6 +210,72 @@ void woq_with(const WoqArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// A few rows of int8: one tile, so all counts are known to the compiler. With groups of 32 the rest
+// takes as long as the products.
+template <int R, class Scale>
+void few_int8_rows(const WoqArgs& a, int64_t first, int64_t last) {
+  const WoqFormat& f = a.format;
+  const char* data[2] = {static_cast<const char*>(a.weight), static_cast<const char*>(a.weight2)};
+  const int64_t weights = a.weight2 ? 2 : 1, blocks = woq_blocks(f), bytes = f.panel_bytes();
+  const int64_t scale_stride = a.block_scales ? blocks : 1;
+  const bool nibbles = f.nibbles(), offsets = f.zero == WoqZero::offset;
+  const bool zeros = f.zero == WoqZero::zero;
+  const Int8Codes form{nullptr, nibbles, nibbles && Int8Tile::kPacked, true};
+  const float raised = Int8Tile::raised(nibbles);
+  const Vec center = broadcast(middle(f));
+  alignas(64) float result[2][R * kPanel];
+  for (int64_t p = first; p < last; ++p) {
+    for (int64_t w = 0; w < weights; ++w) {
+      Vec sum[R][kVecs];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = broadcast(0.0f);
+      for (WoqBlocks at(f); at; ++at) {
+        const WoqBlock block(*at, data[w] + p * bytes);
+        const int64_t b = (*at).index;
+        alignas(64) int32_t acc[R * kPanel];
+        Int8Codes codes = form;
+        alignas(64) char decoded[Int8Tile::kPacked ? 64 : kWoqBlock * kPanel];
+        codes.data = Int8Tile::kPacked ? block.codes : decode_int8(f, block, decoded);
+        Int8Tile::multiply<R>(static_cast<const int8_t*>(a.x) + block.k0, a.lda, codes, block.k,
+                              acc);
+        const auto* scales = reinterpret_cast<const Scale*>(block.scales);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          const Vec scale = load(scales + v * kLanes);
+          const Vec zero = zeros ? load(scales + kPanel + v * kLanes) : center;
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            const float x_sum = a.sums[r * blocks + b];
+            const float x_scale = a.scales[r * scale_stride + (a.block_scales ? b : 0)];
+            Vec z = number(load_words(acc + r * kPanel + v * kLanes));
+            z = z - broadcast(raised * x_sum);
+            z = z - zero * broadcast(x_sum);
+            z = z * broadcast(x_scale);
+            sum[r][v] = fma(z, scale, sum[r][v]);
+            if (offsets)
+              sum[r][v] =
+                  fma(load(scales + kPanel + v * kLanes), broadcast(x_sum * x_scale), sum[r][v]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) store(result[w] + r * kPanel + v * kLanes, sum[r][v]);
+    }
+    finish(a, {{R, R, 0}, 0, R, 0, p}, result[0], result[weights - 1]);
+  }
+}
+
+void few_int8(const WoqArgs& a, int64_t first, int64_t last) {
+  with_count<kFewInt8Rows>(a.m, [&](auto r) {
+    with_type(a.format.scale_type,
+              [&](auto t) { few_int8_rows<decltype(r)::value, decltype(t)>(a, first, last); });
+  });
+}
+
 template <class Family>
 int64_t scratch(int64_t m, int64_t weights) {
   const RowTiles rows(0, m < kRowBlock ? m : kRowBlock, Family::Tile::kRows);
@@ -178,6 +295,20 @@ float quantize(float* x, int64_t n) {
     return finite ? round(load(x + i, l) * inverse) : broadcast(0.0f);
   });
   return largest / 127.0f + bad;
+}
+
+// Of each 8 bytes 0, 4, 1, 5, 2, 6, 3, 7: as decode_int8 orders them.
+void order_bytes(int8_t* x, int64_t n) {
+  const auto apart = [](uint64_t four) LMFUSE_LAMBDA {
+    four = (four | four << 16) & 0x0000ffff0000ffffu;
+    return (four | four << 8) & 0x00ff00ff00ff00ffu;
+  };
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t eight;
+    __builtin_memcpy(&eight, x + i, sizeof(eight));
+    eight = apart(eight & 0xffffffffu) | apart(eight >> 32) << 8;
+    __builtin_memcpy(x + i, &eight, sizeof(eight));
+  }
 }
 
 // One row of x, already in fp32 and in the order of the panels.
@@ -212,9 +343,8 @@ void write_row(const WoqRowsArgs& a, float* x, int64_t r) {
         a.sums[at] = add_up(x + k0, n);
       });
       int8_t* to = static_cast<int8_t*>(a.rows) + r * a.lda;
-      const bool nibbles = a.format.nibbles();
-      for (int64_t i = 0; i < width; ++i)
-        to[i] = static_cast<int8_t>(x[nibbles ? (i & ~int64_t{7}) + kByteOrder[i & 7] : i]);
+      for (int64_t i = 0; i < width; ++i) to[i] = static_cast<int8_t>(x[i]);
+      if (a.format.nibbles()) order_bytes(to, width);
     }
   }
 }
@@ -223,9 +353,13 @@ void write_row(const WoqRowsArgs& a, float* x, int64_t r) {
 
 WoqPlan woq_plan(const WoqFormat&, WoqCompute compute, int64_t m, int64_t weights) {
 #if defined(__AVX512BF16__)
-  if (compute == WoqCompute::bf16) return {compute, scratch<Bf16>(m, weights)};
+  if (compute == WoqCompute::bf16)
+    return {compute,
+            m > FewBf16::Tile::kRows ? scratch<Bf16>(m, weights) : scratch<FewBf16>(m, weights)};
 #endif
-  if (compute == WoqCompute::int8) return {compute, scratch<Int8>(m, weights)};
+  if (compute == WoqCompute::int8)
+    return {compute, m > Int8Tile::kRows ? scratch<Int8<ManyInt8Tile>>(m, weights)
+                                         : scratch<Int8<Int8Tile>>(m, weights)};
   return {WoqCompute::f32, scratch<F32>(m, weights)};
 }
 
@@ -258,12 +392,15 @@ void woq(const WoqArgs& a, int64_t begin, int64_t end) {
       return woq_with<F32>(a, begin, end);
     case WoqCompute::bf16:
 #if defined(__AVX512BF16__)
-      return woq_with<Bf16>(a, begin, end);
+      if (a.m > FewBf16::Tile::kRows) return woq_with<Bf16>(a, begin, end);
+      return woq_with<FewBf16>(a, begin, end);
 #else
       return;  // woq_plan never asks for it
 #endif
     case WoqCompute::int8:
-      return woq_with<Int8>(a, begin, end);
+      if (a.m <= kFewInt8Rows) return few_int8(a, begin, end);
+      if (a.m > Int8Tile::kRows) return woq_with<Int8<ManyInt8Tile>>(a, begin, end);
+      return woq_with<Int8<Int8Tile>>(a, begin, end);
   }
 }
 

@@ -117,8 +117,8 @@ void woq_values(const WoqValuesArgs& a, int64_t begin, int64_t end) {
     const int64_t n = a.rows ? a.rows[r] : r, c = n % kPanel;
     const Panel<const char> panel(f, a.packed, n / kPanel);
     float* y = a.y + r * a.k;
-    for (int64_t b = 0; b < woq_blocks(f); ++b) {
-      const WoqBlock block(f, panel.data, b);
+    for (WoqBlocks blocks(f); blocks; ++blocks) {
+      const WoqBlock block(*blocks, panel.data);
       const WoqScales s = load_scales(f, block, middle(f));
       alignas(64) float scale[kPanel], zero[kPanel], offset[kPanel], q[kWoqBlock], value[kWoqBlock];
       for (int v = 0; v < kVecs; ++v) {

@@ -253,86 +253,96 @@ int64_t thread_count() {
   return threads;
 }
 
-// Rows of x in the form of the kernel, as one walk over some weights of one form needs them.
-class PreparedRows {
+// Parts of one piece of memory: what a call needs costs one allocation.
+class Parts {
  public:
-  PreparedRows(Tensor& x, const Quantized& w, const How& how, WoqCompute compute, int64_t m) {
-    const WoqFormat& f = w.format;
-    const int64_t width = f.packed_k(), blocks = woq_blocks(f);
-    const int64_t bytes = compute == WoqCompute::f32 ? 4 : compute == WoqCompute::bf16 ? 2 : 1;
-    // A multiple of 1 KB would crowd the rows into few sets of the first-level cache.
-    lda_ = m > 1 ? width + 64 / bytes : width;
-    const int64_t size = m * lda_ * bytes, sums = m * blocks;
-    const int64_t scratch = (w.k + width) * thread_count();
-    rows_ = new_bytes(size + 64);
-    sums_ = new_tensor(&sums, 1, ScalarType::Float);
-    scales_ = new_tensor(&sums, 1, ScalarType::Float);
-    Tensor buffer = new_tensor(&scratch, 1, ScalarType::Float);
-    WoqRowsArgs a{};
-    a.x = as_rows(x, "x");
-    a.format = f;
-    a.compute = compute;
-    a.round = how.compute == WoqCompute::bf16 && compute != how.compute;
-    a.block_scales = how.block_scales;
-    a.order = w.order;
-    a.k = w.k;
-    a.lda = lda_;
-    a.rows = rows_.mutable_data_ptr();
-    a.sums = static_cast<float*>(sums_.mutable_data_ptr());
-    a.scales = static_cast<float*>(scales_.mutable_data_ptr());
-    float* data = static_cast<float*>(buffer.mutable_data_ptr());
-    const auto kernel = kernels().woq_rows;
-    parallel(m, width, [&](int64_t begin, int64_t end) {
-      WoqRowsArgs mine = a;
-      mine.scratch = data + (w.k + width) * thread_index();
-      kernel(mine, begin, end);
-    });
+  // Where a part of so many bytes will begin.
+  int64_t add(int64_t bytes) {
+    const int64_t at = size_;
+    size_ += (bytes + kAlign - 1) / kAlign * kAlign;
+    return at;
   }
-
-  void into(WoqArgs& a) const {
-    a.x = rows_.const_data_ptr();
-    a.lda = lda_;
-    a.sums = static_cast<const float*>(sums_.const_data_ptr());
-    a.scales = static_cast<const float*>(scales_.const_data_ptr());
+  void allocate() {
+    memory_ = new_bytes(size_ + kAlign);
+    const uintptr_t past = reinterpret_cast<uintptr_t>(memory_.mutable_data_ptr()) % kAlign;
+    data_ = static_cast<char*>(memory_.mutable_data_ptr()) + (kAlign - past) % kAlign;
+  }
+  template <class T = float>
+  T* at(int64_t part) const {
+    return reinterpret_cast<T*>(data_ + part);
   }
 
  private:
-  int64_t lda_;
-  Tensor rows_, sums_, scales_;
+  static constexpr int64_t kAlign = 64;
+  int64_t size_ = 0;
+  Tensor memory_;
+  char* data_ = nullptr;
 };
 
 // Some products of the rows x with weights of one form, in one walk of the threads over all of
 // their panels.
 void run(Tensor x, const Quantized& w, const How& how, WoqArgs* products, int64_t count) {
   const WoqArgs& first = products[0];
-  const auto plan =
-      kernels().woq_plan(w.format, how.compute, first.m, first.weight2 ? int64_t{2} : int64_t{1});
-  const PreparedRows rows(x, w, how, plan.compute, first.m);
-  const int64_t size = plan.scratch * thread_count();
-  Tensor scratch = new_tensor(&size, 1, ScalarType::Float);
-  float* scratch_data = static_cast<float*>(scratch.mutable_data_ptr());
-  const int64_t blocks = (first.m + kRowBlock - 1) / kRowBlock;
+  const WoqFormat& f = w.format;
+  const int64_t m = first.m, width = f.packed_k(), sums = m * woq_blocks(f) * 4;
+  const WoqPlan plan =
+      kernels().woq_plan(f, how.compute, m, first.weight2 ? int64_t{2} : int64_t{1});
+  const int64_t element = plan.compute == WoqCompute::f32    ? 4
+                          : plan.compute == WoqCompute::bf16 ? 2
+                                                             : 1;
+  // Rows a multiple of 1 KB apart would crowd into few sets of the first-level cache.
+  const int64_t lda = m > 1 ? width + 64 / element : width;
+  const int64_t each = (w.k + width > plan.scratch ? w.k + width : plan.scratch) * 4;
+  Parts parts;
+  const int64_t rows_at = parts.add(m * lda * element), sums_at = parts.add(sums),
+                scales_at = parts.add(sums), scratch_at = parts.add(each * thread_count());
+  parts.allocate();
+  const auto scratch = [&] { return parts.at(scratch_at) + each / 4 * thread_index(); };
+
+  WoqRowsArgs rows{};
+  rows.x = as_rows(x, "x");
+  rows.format = f;
+  rows.compute = plan.compute;
+  rows.round = how.compute == WoqCompute::bf16 && plan.compute != how.compute;
+  rows.block_scales = how.block_scales;
+  rows.order = w.order;
+  rows.k = w.k;
+  rows.lda = lda;
+  rows.rows = parts.at(rows_at);
+  rows.sums = parts.at(sums_at);
+  rows.scales = parts.at(scales_at);
+  const auto prepare = kernels().woq_rows;
+  parallel(m, width, [&](int64_t begin, int64_t end) {
+    WoqRowsArgs mine = rows;
+    mine.scratch = scratch();
+    prepare(mine, begin, end);
+  });
+
+  const int64_t blocks = (m + kRowBlock - 1) / kRowBlock;
   int64_t panels = 0;
   for (int64_t p = 0; p < count; ++p) {
-    rows.into(products[p]);
-    products[p].compute = plan.compute;
-    products[p].block_scales = how.block_scales;
-    panels += panel_count(products[p].n);
+    WoqArgs& a = products[p];
+    a.x = rows.rows;
+    a.lda = lda;
+    a.sums = rows.sums;
+    a.scales = rows.scales;
+    a.compute = plan.compute;
+    a.block_scales = how.block_scales;
+    panels += panel_count(a.n);
   }
   const auto kernel = kernels().woq;
-  parallel(blocks * panels, first.k * kPanel * (first.m < 8 ? first.m : 8),
-           [&](int64_t begin, int64_t end) {
-             for (int64_t p = 0, at = 0; p < count; ++p) {
-               const int64_t work = blocks * panel_count(products[p].n);
-               const int64_t from = begin > at ? begin - at : 0;
-               const int64_t to = end - at < work ? end - at : work;
-               at += work;
-               if (from >= to) continue;
-               WoqArgs mine = products[p];
-               mine.scratch = scratch_data + plan.scratch * thread_index();
-               kernel(mine, from, to);
-             }
-           });
+  parallel(blocks * panels, first.k * kPanel * (m < 8 ? m : 8), [&](int64_t begin, int64_t end) {
+    for (int64_t p = 0, at = 0; p < count; ++p) {
+      const int64_t work = blocks * panel_count(products[p].n);
+      const int64_t from = begin > at ? begin - at : 0;
+      const int64_t to = end - at < work ? end - at : work;
+      at += work;
+      if (from >= to) continue;
+      WoqArgs mine = products[p];
+      mine.scratch = scratch();
+      kernel(mine, from, to);
+    }
+  });
 }
 
 Tensor woq(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_features,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lmfuse
 from lmfuse import bench
-from lmfuse.bench import attention, limits, linear
+from lmfuse.bench import attention, limits, linear, woq
 from lmfuse.bench.case import Case, MismatchError
 from lmfuse.bench.limits import Probe, Timing
 from lmfuse.bench.norm import llama_rms_norm
@@ -69,6 +69,23 @@ def test_attention_cases_are_right(case: Case, monkeypatch: pytest.MonkeyPatch) 
         case.check(inputs)
     for y, s in zip(_tuple(case.run(*inputs)), _tuple(case.stock(*inputs)), strict=True):
         torch.testing.assert_close(y[: len(s)], s.view_as(y[: len(s)]), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("compute", ["int8", "bf16"])
+@pytest.mark.parametrize(("kind", "group"), [("int8", -1), ("int4", 32)])
+def test_woq_cases_are_right(
+    kind: str, group: int, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when each call takes another copy of the weight; bytes are codes and scales."""
+    monkeypatch.setattr(woq, "_COLD_BYTES", 64 << 10)
+    case = woq.case(5, 64, 96, kind, group, compute)
+    inputs = case.inputs()
+    for _ in range(3):
+        case.check(inputs)
+    weight = 64 * 96 + 64 * 2 if kind == "int8" else 64 * 96 // 2 + 64 * 3 * 2
+    padded = 64 * 32 if kind == "int8" else 0  # k to a multiple of 64
+    assert case.bytes(inputs) == 64 + weight + padded + 2 * 5 * (96 + 64)
+    assert {c.unit for c in bench.cases("woq")} == {"int8", "bf16"}
 
 
 STREAMS = [case for case in ROWS if case.kind == "stream"]

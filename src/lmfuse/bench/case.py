@@ -36,6 +36,7 @@ class Case:
             here); None if the data stay in a cache.
         flops: multiplications and additions of one run, where they are what counts.
         accuracy: the relative error that fp32 arithmetic may have.
+        unit: whose peak counts, "fp32", "bf16" or "int8"; by default that of dtype.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     limit: str | None = None
     flops: int = 0
     accuracy: float = 4e-6
+    unit: str | None = None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

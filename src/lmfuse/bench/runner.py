@@ -58,7 +58,7 @@ class Runner:
             return "cache", cached_probe(moved), moved
         if case.limit in self._probes:
             return case.limit, self._probes[case.limit], moved
-        unit = "bf16" if case.dtype is torch.bfloat16 else "fp32"
+        unit = case.unit or ("bf16" if case.dtype is torch.bfloat16 else "fp32")
         peak: float = getattr(self.limits, unit)
         if moved / self.limits.read > case.flops / peak:
             return "read", self._probes["read"], moved

@@ -381,7 +381,7 @@ def _op_step_impl(
     softcap: float,
     rows: int,
 ) -> tuple[Tensor, ...]:
-    query = _attention.heads("query", query, "[batch, seq, heads, dim]")
+    _attention.heads("query", query, "[batch, seq, heads, dim]")
     past = _past_length((seq_info, key_cache, value_cache, beam_idx), None)
     seq = query.shape[1]
     options: dict[str, Any] = {}

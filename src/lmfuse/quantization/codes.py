@@ -171,7 +171,7 @@ def _scale(span: Tensor, steps: float, dtype: torch.dtype) -> Tensor:
 
 def _steps(w: Tensor, scale: Tensor) -> Tensor:
     """round(w / s)"""
-    return (w * scale.float().reciprocal_()[..., None]).round_()
+    return (w * scale.float().reciprocal()[..., None]).round_()
 
 
 def _asymmetric(low: int, levels: int) -> Callable[..., Sliced]:

@@ -31,8 +31,8 @@ class WeightOnlyConfig:
             the way in (int8 and int4 weights only); "fp32": they stay as they are; "fp16" is
             computed as "fp32". "auto": "int8" where `lmfuse.quantization.choose_compute` finds on a
             few sample tokens that it can be trusted, and "bf16" elsewhere.
-        act_block: with int8 compute, quantize inputs per row and group of columns (of 128 where a
-            weight has one scale a row), not per row.
+        block_scales: with int8 compute, quantize inputs per row and group of columns (or part of 256 of a
+            longer one), not per row.
         lm_head: quantize the layer that gives the logits.
         embedding: quantize the input embedding; one that is tied to lm_head shares its bytes.
         skip: layers that stay as they are: whole names, their last parts, or parts in between.
@@ -51,7 +51,7 @@ class WeightOnlyConfig:
     symmetric: bool | None = None
     scales: str = "plain"
     compute: str = "auto"
-    act_block: bool = False
+    block_scales: bool = False
     lm_head: bool = True
     embedding: bool = False
     skip: Sequence[str] = ()
@@ -70,7 +70,7 @@ class WeightOnlyConfig:
             raise ValueError(f"symmetric must be True or None: {kind} has no zero points")
         if self.compute == "int8" and floating:
             raise ValueError(f'compute "int8" needs int8 or int4 weights, but kind is {kind!r}')
-        for name in ("act_block", "lm_head", "embedding"):
+        for name in ("block_scales", "lm_head", "embedding"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}, but must be True or False")
         symmetric = kind != "int4" if self.symmetric is None else self.symmetric

@@ -1,0 +1,279 @@
+"""`quantize(model, config)`: linear layers become `lmfuse.modules.QuantizedLinear`."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from lmfuse.functional import PackedWeight, pack_quantized, quantized_format
+from lmfuse.modules import Linear, QuantizedLinear
+from lmfuse.modules.siblings import SiblingLinear, part_siblings
+from lmfuse.quantization.codes import quantize_weight
+from lmfuse.quantization.compute import choose_compute
+from lmfuse.quantization.config import WeightOnlyConfig
+from lmfuse.quantization.embedding import QuantizedEmbedding
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_REPORT = "_lmfuse_quantization"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class Quantization:
+    """What became of each layer: its name -> how it is quantized, or why it stayed as it was."""
+
+    quantized: dict[str, str] = field(default_factory=dict)
+    stock: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Plan:
+    """The layers to quantize, those that stay, and which of them hold the embedding's weight."""
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    stock: dict[str, str] = field(default_factory=dict)
+    head: nn.Module | None = None
+    embedding: nn.Module | None = None
+
+
+def quantize(
+    model: Model,
+    config: WeightOnlyConfig | None = None,
+    inplace: bool = False,
+    sample: Any = None,
+) -> Model:
+    """The same model, with the weights of its linear layers quantized.
+
+    Layer by layer, a `torch.nn.Linear`, or the `lmfuse.modules.Linear` that `optimize` made of it,
+    becomes an `lmfuse.modules.QuantizedLinear`; subclasses of other libraries and layers with hooks
+    stay as they are. Besides the model and the quantized one there is one layer in float32 slices.
+    A progress bar appears on a terminal after 2 s. A model that is quantized already is returned
+    with what is left quantized, too. `lmfuse.hf.report` says what each layer became. Models of
+    transformers keep the config in `config.quantization_config`: `save_pretrained` writes it, and
+    `from_pretrained` reads it.
+
+    Args:
+        model: any nn.Module, with its parameters on the CPU.
+        config: None for `WeightOnlyConfig()`, int8 per channel.
+        inplace: change and return `model` itself, rather than a copy (which shares no parameter
+            with it).
+        sample: for compute "auto": token ids to try int8 compute on; see `choose_compute`.
+
+    Returns:
+        The quantized model.
+
+    Raises:
+        TypeError: not an nn.Module or not a WeightOnlyConfig.
+        ValueError: a weight that holds NaN or infinity, or nothing to quantize. After any exception
+            `model` is as before.
+    """
+    config = WeightOnlyConfig() if config is None else config
+    _check(model, config)
+    plan = _plan(model, config)
+    if not plan.layers and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.stock.items())[:3])
+        raise ValueError(f"model has no linear layer to quantize ({reasons or 'none at all'})")
+    made: dict[int, nn.Module] = {}
+    shared: dict[int, Tensor] = {}  # weight -> its bytes, for tied layers
+    for name, module in tqdm(
+        plan.layers.items(), desc="quantizing", unit="layer", delay=2, disable=None
+    ):
+        made[id(module)] = quantized_layer(name, module, config, shared)
+    reasons = {} if inplace else None
+    if inplace:
+        undo = _put(model, made)
+        try:
+            reasons = _finish(model, config, plan, sample)
+        except BaseException:
+            _put(model, undo)
+            raise
+        for module in plan.layers.values():
+            part_siblings(module)
+    else:
+        model = copy.deepcopy(model, dict(made))  # a module that was replaced is not copied
+        reasons = _finish(model, config, plan, sample)
+    _describe(model, plan, reasons)
+    return model
+
+
+def quantized_layer(
+    name: str, module: nn.Module, config: WeightOnlyConfig, shared: dict[int, Tensor] | None = None
+) -> nn.Module:
+    """What `module`, an nn.Linear or nn.Embedding, becomes.
+
+    Raises:
+        ValueError: a weight that holds NaN or infinity; names the layer.
+    """
+    shared = {} if shared is None else shared
+    weight: Any = module.weight
+    if id(weight) not in shared:
+        shared[id(weight)] = pack_weight(f"{name}.weight", weight, config)
+    packed = shared[id(weight)]
+    if isinstance(module, nn.Embedding):
+        made: nn.Module = QuantizedEmbedding(packed, weight.dtype, module.padding_idx)
+    else:
+        bias: Any = module.bias
+        bias = None if bias is None else bias.detach().clone()
+        made = QuantizedLinear(packed, bias, layer_compute(config), config.block_scales)
+    return made.train(module.training)
+
+
+def pack_weight(name: str, weight: Tensor, config: WeightOnlyConfig) -> Tensor:
+    """The bytes of a weight [n, k], quantized as `config` says.
+
+    Raises:
+        ValueError: a weight that holds NaN or infinity; calls it `name`.
+    """
+    plain = weight.unpack() if isinstance(weight, PackedWeight) else weight.detach()
+    # Codes are chosen for the rounded scale, so that of a group can be short; one for a whole row
+    # costs nothing.
+    dtype = torch.float32 if config.group_size == -1 else torch.bfloat16
+    kind = str(config.kind)
+    try:
+        found = quantize_weight(
+            plain, kind, config.group_size, bool(config.symmetric), config.scales, dtype
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return pack_quantized(
+        kind, found.codes, found.scales, found.zeros, group_size=config.group_size
+    )
+
+
+def layer_compute(config: WeightOnlyConfig) -> str:
+    """What a layer computes in until `choose_compute` was asked."""
+    return "bf16" if config.compute == "auto" else config.compute
+
+
+def quantization(model: nn.Module) -> Quantization:
+    """What `quantize` made of `model`."""
+    found = vars(model).get(_REPORT)
+    return found if found is not None else Quantization()
+
+
+def _check(model: object, config: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, but must be a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a TorchScript module: quantize it before it is traced")
+    if not isinstance(config, WeightOnlyConfig):
+        raise TypeError(f"config is {type(config).__name__}, but must be a WeightOnlyConfig")
+
+
+def _plan(model: nn.Module, config: WeightOnlyConfig) -> _Plan:
+    plan = _Plan(head=_ask(model, "get_output_embeddings"))
+    inputs = _ask(model, "get_input_embeddings")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            is_head = module is plan.head or (plan.head is None and name == "lm_head")
+            reason = _reason_against(module, name, config)
+            if reason is None and is_head and not config.lm_head:
+                reason = "lm_head is False"
+            if reason is None:
+                plan.layers[name] = module
+            else:
+                plan.stock[name] = reason
+        elif module is inputs and config.embedding:
+            if type(module) is nn.Embedding and module.max_norm is None and not config.skips(name):
+                plan.layers[name] = plan.embedding = module
+            else:
+                plan.stock[name] = f"it is {type(module).__name__}, skipped or with max_norm"
+    return plan
+
+
+def _ask(model: nn.Module, method: str) -> nn.Module | None:
+    try:
+        found = getattr(model, method)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _reason_against(module: nn.Linear, name: str, config: WeightOnlyConfig) -> str | None:
+    weight: Any = module.weight
+    if config.skips(name):
+        return "skip names it"
+    if type(module) not in (nn.Linear, Linear, SiblingLinear):
+        return f"it is {type(module).__name__}, not torch.nn.Linear itself"
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return "its forward is replaced on the instance, or has hooks"
+    plain = isinstance(weight, PackedWeight) or type(weight) in (nn.Parameter, Tensor)
+    if not plain or weight.device.type != "cpu" or weight.dtype not in _FLOATS or not weight.numel():
+        return f"its weight is {tuple(weight.shape)}, {weight.dtype}, on {weight.device}"
+    return None
+
+
+def _put(model: nn.Module, made: dict[int, nn.Module]) -> dict[int, nn.Module]:
+    """Puts modules in the places of others, by their ids; returns what puts those back."""
+    undo: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in made:
+                undo[id(made[id(child)])] = child
+                parent._modules[name] = made[id(child)]
+    return undo
+
+
+def _finish(
+    model: nn.Module, config: WeightOnlyConfig, plan: _Plan, sample: Any
+) -> dict[str, str]:
+    """Chooses what layers compute in, and tells the model's config; returns the reasons."""
+    reasons = choose_compute(model, sample) if config.compute == "auto" else {}
+    remember(model, config)
+    return reasons
+
+
+def remember(model: nn.Module, config: WeightOnlyConfig) -> None:
+    """Writes into the config of a transformers model how it is quantized."""
+    theirs: Any = getattr(model, "config", None)
+    if not hasattr(theirs, "to_dict"):
+        return
+    layers = {
+        name: getattr(module, "compute", "bf16")
+        for name, module in model.named_modules()
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+    }
+    theirs.quantization_config = {**config.to_dict(), "layers": layers}
+    head, inputs = _ask(model, "get_output_embeddings"), _ask(model, "get_input_embeddings")
+    if getattr(head, "weight", None) is not getattr(inputs, "weight", None):
+        for part in {id(c): c for c in (theirs, _text_config(theirs))}.values():
+            part.tie_word_embeddings = False
+        if isinstance(getattr(model, "all_tied_weights_keys", None), dict):
+            names = {id(m): n for n, m in model.named_modules()}
+            vars(model)["all_tied_weights_keys"] = {
+                target: source
+                for target, source in model.all_tied_weights_keys.items()  # type: ignore[union-attr]
+                if target != f"{names.get(id(head))}.weight"
+            }
+
+
+def _text_config(config: Any) -> Any:
+    try:
+        return config.get_text_config(decoder=True)
+    except (AttributeError, TypeError, ValueError):
+        return config
+
+
+def _describe(model: nn.Module, plan: _Plan, reasons: dict[str, str]) -> None:
+    done = copy.deepcopy(quantization(model))
+    done.stock.update(plan.stock)
+    for name in plan.layers:
+        done.quantized[name] = describe(model.get_submodule(name), reasons.get(name))
+        done.stock.pop(name, None)
+    vars(model)[_REPORT] = done
+
+
+def describe(module: Any, reason: str | None = None) -> str:
+    """How a layer is quantized, in words."""
+    format = quantized_format(module.weight)
+    group = "per channel" if format.group_size == -1 else f"group {format.group_size}"
+    text = f"{format.kind} {group}"
+    if isinstance(module, QuantizedLinear):
+        text += f", computes in {reason or module.compute}"
+    return text

@@ -9,7 +9,7 @@ from lmfuse import _alias
 
 _alias.refuse_beside_ipex()
 
-from intel_extension_for_pytorch import cpu, llm  # noqa: E402  (after the check, which must speak first)
+from intel_extension_for_pytorch import cpu, llm, nn, quantization  # noqa: E402  (after the check)
 from intel_extension_for_pytorch.cpu._auto_kernel_selection import (  # noqa: E402
     _disable_dnnl,
     _enable_dnnl,
@@ -31,7 +31,9 @@ __all__ = [
     "cpu",
     "get_fp32_math_mode",
     "llm",
+    "nn",
     "optimize",
+    "quantization",
     "set_fp32_math_mode",
 ]
 

@@ -3,15 +3,17 @@
 from importlib import import_module
 from typing import Any
 
-from lmfuse import functional, modules
+from lmfuse import functional, modules, quantization
 from lmfuse._auto_kernel_selection import FP32MathMode, get_fp32_math_mode, set_fp32_math_mode
 from lmfuse.hf import optimize, restore
 from lmfuse.isa import available_isas, isa, set_isa, use_isa
+from lmfuse.quantization import WeightOnlyConfig, quantize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FP32MathMode",
+    "WeightOnlyConfig",
     "available_isas",
     "functional",
     "generation",
@@ -19,6 +21,8 @@ __all__ = [
     "isa",
     "modules",
     "optimize",
+    "quantization",
+    "quantize",
     "restore",
     "set_fp32_math_mode",
     "set_isa",

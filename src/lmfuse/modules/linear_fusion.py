@@ -27,7 +27,7 @@ _FORWARDS = (Linear.forward, Transposed.forward)
 def fusable(linear: Any) -> bool:
     """Whether `linear` is a packed or quantized layer that nobody watches."""
     packed = type(linear).forward in _FORWARDS and isinstance(linear.weight, PackedWeight)
-    return (packed or type(linear) is QuantizedLinear) and not (
+    return (packed or isinstance(linear, QuantizedLinear)) and not (
         linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
     )
 
@@ -36,7 +36,7 @@ def fused_linear(linear: Any, x: Tensor, post: str, *operands: Tensor) -> Tensor
     """post(linear(x), *operands) of `functional.linear`, in one kernel where `linear` is packed."""
     if not fusable(linear):
         return UNFUSED[post](linear(x), *operands)
-    if type(linear) is QuantizedLinear:
+    if isinstance(linear, QuantizedLinear):
         return linear.run(x, post, *operands)
     return functional.linear(x, linear.weight, linear.bias, post, *operands)
 
@@ -45,7 +45,7 @@ def joinable(a: Any, b: Any) -> bool:
     """Whether two layers over one input can run in one walk over their weights."""
     if not (fusable(a) and fusable(b) and type(a) is type(b)):
         return False
-    return a.alike(b) if type(a) is QuantizedLinear else alike(a.weight, b.weight)
+    return a.alike(b) if isinstance(a, QuantizedLinear) else alike(a.weight, b.weight)
 
 
 def _checked(name: str, linear: object) -> nn.Module:
@@ -147,7 +147,7 @@ class Linear2SiluMul(nn.Module):
 def silu_gate_up(x: Tensor, gate: Any, up: Any) -> Tensor:
     """silu(gate(x)) · up(x), in one sweep where both are packed alike."""
     if joinable(gate, up):
-        quantized = type(gate) is QuantizedLinear
+        quantized = isinstance(gate, QuantizedLinear)
         a, b = (gate, up) if quantized else (gate.weight, up.weight)
         if a.out_features == b.out_features and quantized:
             return quantized_linear.gate_up(x, gate, up)
@@ -183,7 +183,7 @@ class ConcatLinear(nn.Module):
 def concat(x: Tensor, *linears: Any) -> tuple[Tensor, ...]:
     """linear(x) of each, in one walk over the weights where all are packed alike."""
     if all(joinable(linears[0], linear) for linear in linears):
-        if type(linears[0]) is QuantizedLinear:
+        if isinstance(linears[0], QuantizedLinear):
             return quantized_linear.concat(x, *linears)
         weights, biases = [m.weight for m in linears], [m.bias for m in linears]
         return functional.linear_concat(x, weights, biases)

@@ -201,8 +201,11 @@ def _nf4(w: Tensor, lo: Tensor, hi: Tensor, scale_dtype: torch.dtype) -> Sliced:
     scale = _scale(torch.maximum(-lo, hi), 1.0, scale_dtype)
     table = torch.tensor(NF4)
     middles = (table[1:] + table[:-1]) / 2
-    codes = torch.bucketize(w * scale.float().reciprocal()[..., None], middles)
-    return codes.to(torch.uint8), scale, None
+    ratio = w * scale.float().reciprocal()[..., None]
+    codes = torch.zeros_like(ratio, dtype=torch.uint8)
+    for middle in middles.tolist():  # six times as fast as torch.bucketize
+        codes += ratio > middle
+    return codes, scale, None
 
 
 def _fp8(w: Tensor, lo: Tensor, hi: Tensor, scale_dtype: torch.dtype) -> Sliced:

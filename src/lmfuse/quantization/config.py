@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 KINDS = {"int8": 8, "fp8": 8, "int4": 4, "nf4": 4}
 SCALES = ("plain", "search")
 COMPUTE = ("auto", "fp32", "fp16", "bf16", "int8")
-GROUP_SIZES = (-1, 32, 64, 128, 256, 512)
+SCALE_DTYPES = (None, "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class WeightOnlyConfig:
 
     Args:
         bits: 8 or 4.
-        group_size: 32, 64, 128, 256 or 512 columns of a row share a scale; -1: the whole row.
+        group_size: 32, 64, 128, 256, 512 … columns of a row share a scale; -1: the whole row.
         kind: "int8", "int4", "nf4" (sixteen quantiles of the normal distribution; QLoRA,
             arXiv:2305.14314) or "fp8" (e4m3); None: "int8" or "int4", as bits says.
         symmetric: whether zero is in the middle of the codes; else groups have zero points, and
@@ -27,6 +27,8 @@ class WeightOnlyConfig:
         scales: "plain": from the smallest to the largest weight of a group; "search": the range,
             up to a fifth smaller, whose squared error is the least, group by group; about ten times
             slower to quantize.
+        scale_dtype: "float32", "bfloat16" or "float16", to which scales are rounded before codes are
+            chosen; None: bfloat16 for groups, float32 for whole rows, where it costs nothing.
         compute: "bf16": inputs are rounded to bfloat16; "int8": they are quantized, row by row, on
             the way in (int8 and int4 weights only); "fp32": they stay as they are; "fp16" is
             computed as "fp32". "auto": "int8" where `lmfuse.quantization.choose_compute` finds on a
@@ -50,6 +52,7 @@ class WeightOnlyConfig:
     kind: str | None = None
     symmetric: bool | None = None
     scales: str = "plain"
+    scale_dtype: str | None = None
     compute: str = "auto"
     block_scales: bool = False
     lm_head: bool = True
@@ -62,7 +65,8 @@ class WeightOnlyConfig:
         _one_of("bits", self.bits, (8, 4))
         kind = f"int{self.bits}" if self.kind is None else self.kind
         _one_of("kind", kind, tuple(KINDS))
-        _one_of("group_size", self.group_size, GROUP_SIZES)
+        check_group_size(self.group_size)
+        _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         _one_of("scales", self.scales, SCALES)
         _one_of("compute", self.compute, COMPUTE)
         floating = kind in ("nf4", "fp8")
@@ -122,6 +126,16 @@ class WeightOnlyConfig:
                     f"not know: it knows {', '.join(sorted(known))}"
                 )
         return cls(**given)
+
+
+def check_group_size(group_size: object) -> None:
+    """Raises unless it is -1 or a power of two from 32 on."""
+    if type(group_size) is not int or (
+        group_size != -1 and (group_size < 32 or group_size & (group_size - 1))
+    ):
+        raise ValueError(
+            f"group_size is {group_size!r}, but must be -1 or a power of two from 32 on"
+        )
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

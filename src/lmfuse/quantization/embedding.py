@@ -35,7 +35,9 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: integers in [0, num_embeddings), of any shape; returns [*input.shape, k]."""
-        rows = functional.woq_rows(self.weight, input, self.embedding_dim)
+        rows = functional.quantized_rows(
+            self.weight, input, self.num_embeddings, self.embedding_dim
+        )
         return rows.to(self.like.dtype)
 
     def extra_repr(self) -> str:

@@ -46,11 +46,11 @@ def pack_gptq(
     per_word = 32 // bits
     k, n = qweight.shape[0] * per_word, qweight.shape[1]
     groups = _scales(scales, n)
-    codes = _unpacked(qweight, bits).permute(1, 0, 2).reshape(n, k)  # [k/8, n, 8] -> [n, k/8, 8]
+    codes = gptq_codes(qweight, bits)
     zeros = torch.full((n, groups), 1 << (bits - 1), dtype=torch.uint8)
     if qzeros is not None:
         _words("qzeros", qzeros, (groups, -(-n // per_word)))
-        stored = _unpacked(qzeros, bits).reshape(groups, -1)[:, :n]
+        stored = unpack_words(qzeros, bits).reshape(groups, -1)[:, :n]
         zeros = ((stored + zero_offset) % (1 << bits)).T
     size = _group_size(k, groups, group_size)
     return _pack(bits, codes, scales, zeros, size, _act_order(g_idx, k, groups, size))
@@ -67,13 +67,24 @@ def pack_awq(
     _words("qweight", qweight)
     k, n = qweight.shape[0], qweight.shape[1] * 8
     groups = _scales(scales, n)
-    place = torch.tensor(_AWQ_ORDER).argsort()  # where in its word column c is
-    codes = _unpacked(qweight, 4)[..., place].reshape(k, n).T
+    codes = awq_codes(qweight)
     zeros = torch.full((n, groups), 8, dtype=torch.uint8)
     if qzeros is not None:
         _words("qzeros", qzeros, (groups, n // 8))
-        zeros = _unpacked(qzeros, 4)[..., place].reshape(groups, n).T
+        zeros = awq_codes(qzeros)
     return _pack(4, codes, scales, zeros, _group_size(k, groups, group_size), None)
+
+
+def gptq_codes(qweight: Tensor, bits: int = 4) -> Tensor:
+    """[n, k] uint8: the codes in words [k bits/32, n]."""
+    words = unpack_words(qweight, bits)  # [k/8, n, 8]
+    return words.permute(1, 0, 2).reshape(qweight.shape[1], -1)
+
+
+def awq_codes(words: Tensor) -> Tensor:
+    """[n, k] uint8: the codes in words [k, n/8]."""
+    place = torch.tensor(_AWQ_ORDER).argsort()  # where in its word column c is
+    return unpack_words(words, 4)[..., place].reshape(words.shape[0], -1).T
 
 
 def _pack(
@@ -91,7 +102,7 @@ def _pack(
     )
 
 
-def _unpacked(words: Tensor, bits: int) -> Tensor:
+def unpack_words(words: Tensor, bits: int) -> Tensor:
     """[..., 32 / bits] uint8: the numbers in each word, lowest bits first."""
     octets = words.detach().contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
     if bits == 8:

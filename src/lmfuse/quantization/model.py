@@ -33,7 +33,7 @@ class Quantization:
 
 
 @dataclass
-class _Plan:
+class Plan:
     """The layers to quantize, those that stay, and which of them hold the embedding's weight."""
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
@@ -75,30 +75,29 @@ def quantize(
     """
     config = WeightOnlyConfig() if config is None else config
     _check(model, config)
-    plan = _plan(model, config)
-    if not plan.layers and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(plan.stock.items())[:3])
-        raise ValueError(f"model has no linear layer to quantize ({reasons or 'none at all'})")
+    planned = plan(model, config)
+    if not planned.layers and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        why = "; ".join(f"{name}: {why}" for name, why in list(planned.stock.items())[:3])
+        raise ValueError(f"model has no linear layer to quantize ({why or 'none at all'})")
     made: dict[int, nn.Module] = {}
     shared: dict[int, Tensor] = {}  # weight -> its bytes, for tied layers
     for name, module in tqdm(
-        plan.layers.items(), desc="quantizing", unit="layer", delay=2, disable=None
+        planned.layers.items(), desc="quantizing", unit="layer", delay=2, disable=None
     ):
         made[id(module)] = quantized_layer(name, module, config, shared)
-    reasons = {} if inplace else None
     if inplace:
         undo = _put(model, made)
         try:
-            reasons = _finish(model, config, plan, sample)
+            reasons = _finish(model, config, sample)
         except BaseException:
             _put(model, undo)
             raise
-        for module in plan.layers.values():
+        for module in planned.layers.values():
             part_siblings(module)
     else:
         model = copy.deepcopy(model, dict(made))  # a module that was replaced is not copied
-        reasons = _finish(model, config, plan, sample)
-    _describe(model, plan, reasons)
+        reasons = _finish(model, config, sample)
+    describe_all(model, list(planned.layers), planned.stock, reasons)
     return model
 
 
@@ -131,9 +130,8 @@ def pack_weight(name: str, weight: Tensor, config: WeightOnlyConfig) -> Tensor:
         ValueError: a weight that holds NaN or infinity; calls it `name`.
     """
     plain = weight.unpack() if isinstance(weight, PackedWeight) else weight.detach()
-    # Codes are chosen for the rounded scale, so that of a group can be short; one for a whole row
-    # costs nothing.
-    dtype = torch.float32 if config.group_size == -1 else torch.bfloat16
+    named = config.scale_dtype or ("float32" if config.group_size == -1 else "bfloat16")
+    dtype = getattr(torch, named)
     kind = str(config.kind)
     try:
         found = quantize_weight(
@@ -164,27 +162,46 @@ def _check(model: object, config: object) -> None:
         raise TypeError("model is a TorchScript module: quantize it before it is traced")
     if not isinstance(config, WeightOnlyConfig):
         raise TypeError(f"config is {type(config).__name__}, but must be a WeightOnlyConfig")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise ValueError(
+                f"parameter {name} is on {parameter.device}, but lmfuse quantizes on the CPU"
+            )
 
 
-def _plan(model: nn.Module, config: WeightOnlyConfig) -> _Plan:
-    plan = _Plan(head=_ask(model, "get_output_embeddings"))
+def plan(model: nn.Module, config: WeightOnlyConfig) -> Plan:
+    """Which layers of `model` are to be quantized; the model may be on meta."""
+    found = Plan(head=_ask(model, "get_output_embeddings"))
     inputs = _ask(model, "get_input_embeddings")
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            is_head = module is plan.head or (plan.head is None and name == "lm_head")
+            is_head = module is found.head or (found.head is None and name == "lm_head")
             reason = _reason_against(module, name, config)
             if reason is None and is_head and not config.lm_head:
                 reason = "lm_head is False"
             if reason is None:
-                plan.layers[name] = module
+                found.layers[name] = module
             else:
-                plan.stock[name] = reason
+                found.stock[name] = reason
         elif module is inputs and config.embedding:
             if type(module) is nn.Embedding and module.max_norm is None and not config.skips(name):
-                plan.layers[name] = plan.embedding = module
+                found.layers[name] = found.embedding = module
             else:
-                plan.stock[name] = f"it is {type(module).__name__}, skipped or with max_norm"
-    return plan
+                found.stock[name] = f"it is {type(module).__name__}, skipped or with max_norm"
+    if found.embedding is not None and _tied(model, found.head, found.embedding):
+        if not any(module is found.head for module in found.layers.values()):
+            name = next(n for n, module in found.layers.items() if module is found.embedding)
+            del found.layers[name]
+            found.stock[name] = "it is tied to the layer of the logits, which stays as it is"
+    return found
+
+
+def _tied(model: nn.Module, head: Any, embedding: Any) -> bool:
+    if head is None or head.weight is embedding.weight:
+        return head is not None
+    keys = getattr(model, "all_tied_weights_keys", None)  # what will be tied, while on meta
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    return head.weight.is_meta and isinstance(keys, dict) and bool(names & keys.keys())
 
 
 def _ask(model: nn.Module, method: str) -> nn.Module | None:
@@ -204,7 +221,7 @@ def _reason_against(module: nn.Linear, name: str, config: WeightOnlyConfig) -> s
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "its forward is replaced on the instance, or has hooks"
     plain = isinstance(weight, PackedWeight) or type(weight) in (nn.Parameter, Tensor)
-    if not plain or weight.device.type != "cpu" or weight.dtype not in _FLOATS or not weight.numel():
+    if not plain or weight.device.type not in ("cpu", "meta") or weight.dtype not in _FLOATS or not weight.numel():
         return f"its weight is {tuple(weight.shape)}, {weight.dtype}, on {weight.device}"
     return None
 
@@ -220,9 +237,7 @@ def _put(model: nn.Module, made: dict[int, nn.Module]) -> dict[int, nn.Module]:
     return undo
 
 
-def _finish(
-    model: nn.Module, config: WeightOnlyConfig, plan: _Plan, sample: Any
-) -> dict[str, str]:
+def _finish(model: nn.Module, config: WeightOnlyConfig, sample: Any) -> dict[str, str]:
     """Chooses what layers compute in, and tells the model's config; returns the reasons."""
     reasons = choose_compute(model, sample) if config.compute == "auto" else {}
     remember(model, config)
@@ -260,10 +275,13 @@ def _text_config(config: Any) -> Any:
         return config
 
 
-def _describe(model: nn.Module, plan: _Plan, reasons: dict[str, str]) -> None:
+def describe_all(
+    model: nn.Module, names: list[str], stock: dict[str, str], reasons: dict[str, str]
+) -> None:
+    """Writes for `quantization` what became of the layers called `names`, and why not of others."""
     done = copy.deepcopy(quantization(model))
-    done.stock.update(plan.stock)
-    for name in plan.layers:
+    done.stock.update(stock)
+    for name in names:
         done.quantized[name] = describe(model.get_submodule(name), reasons.get(name))
         done.stock.pop(name, None)
     vars(model)[_REPORT] = done

@@ -1,0 +1,188 @@
+"""transformers' quantizer "lmfuse": `from_pretrained(..., quantization_config=WeightOnlyConfig(...))`,
+`save_pretrained`, and `from_pretrained` of what that wrote.
+
+While a model loads, an `Awaiting` stands where a quantized layer will be: each weight is quantized
+when it is read, before the next is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lmfuse.functional import quantized_format
+from lmfuse.modules import QuantizedLinear
+from lmfuse.quantization import model as quantized
+from lmfuse.quantization.compute import choose_compute
+from lmfuse.quantization.config import WeightOnlyConfig
+from lmfuse.quantization.embedding import QuantizedEmbedding
+
+NAME = WeightOnlyConfig.quant_method
+
+
+class Awaiting(nn.Module):
+    """The place of a layer whose weight is still to come."""
+
+    def __init__(self, stock: Any, quantized: bool) -> None:
+        super().__init__()
+        self.is_linear = isinstance(stock, nn.Linear)
+        self.shape = tuple(stock.weight.shape)
+        self.padding_idx = getattr(stock, "padding_idx", None)
+        self.dtype: torch.dtype = stock.weight.dtype
+        weight = stock.weight
+        if quantized:
+            weight = torch.empty(0, dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias: Any = getattr(stock, "bias", None)
+
+
+class Pack(ConversionOps):  # type: ignore[misc]
+    """A weight as it is in the file -> its bytes."""
+
+    def __init__(self, config: WeightOnlyConfig) -> None:
+        self.config = config
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """One tensor in, one out, under its name."""
+        done = {}
+        for name, found in input_dict.items():
+            weight = found[0] if isinstance(found, list) else found
+            done[name] = quantized.pack_weight(name, weight, self.config)
+        return done
+
+
+class Quantizer(HfQuantizer):  # type: ignore[misc]
+    """See the module."""
+
+    quantization_config: Any
+    requires_calibration = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raises for a device_map that names anything but the CPU."""
+        places = kwargs.get("device_map")
+        places = places.values() if isinstance(places, dict) else [places]
+        for place in places:
+            if place not in (None, "cpu", "auto") and torch.device(place).type != "cpu":
+                raise ValueError(f"device_map names {place}, but lmfuse computes on the CPU")
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is the weight of a layer that is to be quantized."""
+        name, _, attribute = param_name.rpartition(".")
+        return attribute == "weight" and isinstance(model.get_submodule(name), Awaiting)
+
+    def get_quantize_ops(self) -> Pack:
+        """What makes bytes of a weight."""
+        return Pack(self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config: WeightOnlyConfig = self.quantization_config
+        if self.pre_quantized:
+            stock = {name: _stock(model, name) for name in config.layers}
+        else:
+            self._plan = quantized.plan(model, config)
+            stock = self._plan.layers
+        for name, module in stock.items():
+            model.set_submodule(name, Awaiting(module, self.pre_quantized))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config: WeightOnlyConfig = self.quantization_config
+        shared: dict[int, Tensor] = {}
+        names = [name for name, m in model.named_modules() if isinstance(m, Awaiting)]
+        for name in names:
+            awaiting = cast(Awaiting, model.get_submodule(name))
+            compute = config.layers.get(name, quantized.layer_compute(config))
+            model.set_submodule(name, _arrived(name, awaiting, config, compute, shared))
+        computes = set(config.layers.values()) if self.pre_quantized else {config.compute}
+        reasons = choose_compute(model, None) if "auto" in computes else {}
+        quantized.remember(model, config)
+        stock = {} if self.pre_quantized else self._plan.stock
+        quantized.describe_all(model, names, stock, reasons)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Yes: bytes are tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: lmfuse is for inference."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes."""
+        return True
+
+
+def _stock(model: nn.Module, name: str) -> nn.Module:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"quantization_config.layers names {name}, but the model has no such module"
+        ) from None
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
+        raise ValueError(
+            f"quantization_config.layers names {name}, but that is a {type(module).__name__}"
+        )
+    return module
+
+
+def _arrived(
+    name: str, awaiting: Awaiting, config: WeightOnlyConfig, compute: str, shared: dict[int, Tensor]
+) -> nn.Module:
+    """The quantized layer, once the weight is there."""
+    weight = awaiting.weight
+    if id(weight) not in shared:
+        if not weight.numel():
+            raise ValueError(f"the checkpoint has no {name}.weight")
+        if weight.is_floating_point():  # it is tied to one that is not quantized
+            shared[id(weight)] = quantized.pack_weight(f"{name}.weight", weight, config)
+        else:
+            # A view into a file, aligned to 8 bytes: kernels are faster on memory of our own.
+            shared[id(weight)] = weight.detach().clone()
+    packed = shared[id(weight)]
+    try:
+        format = quantized_format(packed)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}.weight: {error}") from None
+    if (format.out_features, format.in_features) != awaiting.shape:
+        raise ValueError(
+            f"{name}.weight is quantized ({format.out_features}, {format.in_features}), but the "
+            f"model's is {awaiting.shape}"
+        )
+    compute = "bf16" if compute == "auto" else compute
+    if not awaiting.is_linear:
+        return QuantizedEmbedding(packed, awaiting.dtype, awaiting.padding_idx).eval()
+    return QuantizedLinear(packed, awaiting.bias, compute, config.block_scales).eval()
+
+
+class _Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """What the registry asks for: makes a `WeightOnlyConfig` of what config.json says."""
+
+    quant_method = NAME
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """See `WeightOnlyConfig.from_dict`."""
+        config = WeightOnlyConfig.from_dict(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+def register() -> None:
+    """Tells transformers, once."""
+    if NAME not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(NAME)(Quantizer)
+        register_quantization_config(NAME)(_Config)

@@ -5,7 +5,7 @@ from typing import Any
 
 from lmfuse import functional, modules, quantization
 from lmfuse._auto_kernel_selection import FP32MathMode, get_fp32_math_mode, set_fp32_math_mode
-from lmfuse.hf import optimize, restore
+from lmfuse.hf import from_pretrained, optimize, restore
 from lmfuse.isa import available_isas, isa, set_isa, use_isa
 from lmfuse.quantization import WeightOnlyConfig, quantize
 
@@ -15,6 +15,7 @@ __all__ = [
     "FP32MathMode",
     "WeightOnlyConfig",
     "available_isas",
+    "from_pretrained",
     "functional",
     "generation",
     "get_fp32_math_mode",

@@ -12,11 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -61,6 +57,7 @@ class Pack(ConversionOps):  # type: ignore[misc]
         return done
 
 
+@register_quantizer(NAME)
 class Quantizer(HfQuantizer):  # type: ignore[misc]
     """See the module."""
 
@@ -167,6 +164,7 @@ def _arrived(
     return QuantizedLinear(packed, awaiting.bias, compute, config.block_scales).eval()
 
 
+@register_quantization_config(NAME)
 class _Config(QuantizationConfigMixin):  # type: ignore[misc]
     """What the registry asks for: makes a `WeightOnlyConfig` of what config.json says."""
 
@@ -179,10 +177,3 @@ class _Config(QuantizationConfigMixin):  # type: ignore[misc]
         """See `WeightOnlyConfig.from_dict`."""
         config = WeightOnlyConfig.from_dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
-
-
-def register() -> None:
-    """Tells transformers, once."""
-    if NAME not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(NAME)(Quantizer)
-        register_quantization_config(NAME)(_Config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -26,9 +27,7 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    from lmfuse.hf import quantizer
-
-    quantizer.register()
+    import_module("lmfuse.hf.quantizer")  # which registers what it defines
 
 
 class _Finder(MetaPathFinder):

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-COMMANDS = ("run", "chat", "explain", "bench", "demo", "env")
+COMMANDS = ("run", "chat", "explain", "quantize", "bench", "demo", "env")
 
 
 class _Commands(TyperGroup):

@@ -18,6 +18,8 @@ from lmfuse.modules import QuantizedLinear
 # A layer whose result int8 compute changes by more than this part of its norm stays at bf16. Inputs
 # without outliers give 0.6 to 1.5 %.
 LIMIT = 0.03
+# Where the most probable next token leads the second by less than a factor of e^0.5, rounding decides.
+_LEAD = 0.5
 _TOKENS = 48
 
 
@@ -26,8 +28,9 @@ def choose_compute(model: nn.Module, sample: Any = None) -> dict[str, str]:
 
     Each layer is called with the inputs that `sample` brings it, in bf16 and in int8; where the
     results differ by more than 3 % of their norm it stays at bf16. Then the whole model runs: while
-    one of its most probable next tokens on the sample is not that of bf16 compute, a quarter of the
-    layers, those with the largest differences, goes back to bf16.
+    the most probable next token is not that of bf16 compute, at the end of the sample or where bf16
+    compute prefers it by a factor of at least e^0.5, a quarter of the layers, those with the
+    largest differences, goes back to bf16.
 
     Args:
         model: quantized, on the CPU; changed in place.
@@ -48,14 +51,18 @@ def choose_compute(model: nn.Module, sample: Any = None) -> dict[str, str]:
     if inputs is None or not layers:
         return dict.fromkeys(layers, "bf16: no sample to try int8 on")
     with torch.no_grad():
-        errors, expected = _errors(model, layers, inputs)
+        errors, logits = _errors(model, layers, inputs)
+        expected = logits.argmax(-1)
+        best = logits.float().topk(2).values
+        counts = best[..., 0] - best[..., 1] > _LEAD
+        counts[..., -1:] = True
         order = sorted((n for n in layers if errors.get(n, 1.0) <= LIMIT), key=errors.__getitem__)
         while order:
             for name in layers:
                 layers[name].compute = "bf16"
             for name in order:
                 layers[name].compute = "int8"
-            if torch.equal(_top(model, inputs), expected):
+            if bool((_run(model, inputs).argmax(-1) == expected)[counts].all()):
                 break
             order = order[: len(order) * 3 // 4]
         else:
@@ -100,14 +107,10 @@ def _run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return found
 
 
-def _top(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    return _run(model, inputs).argmax(-1)
-
-
 def _errors(
     model: nn.Module, layers: Mapping[str, QuantizedLinear], inputs: dict[str, Any]
 ) -> tuple[dict[str, float], Tensor]:
-    """How much int8 compute changes the result of each layer, relatively; and the top tokens."""
+    """How much int8 compute changes the result of each layer, relatively; and the logits."""
     errors: dict[str, float] = {}
 
     def watch(name: str, layer: QuantizedLinear) -> Any:
@@ -124,7 +127,7 @@ def _errors(
 
     hooks = [watch(name, layer) for name, layer in layers.items()]
     try:
-        return errors, _top(model, inputs)
+        return errors, _run(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,76 @@
+"""`python -m lmfuse quantize`: what it prints, draws and saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from lmfuse.cli import app
+from lmfuse.cli import quantize as command
+from test_quantization import logits, tiny
+
+
+class Letters:
+    """A tokenizer: one token a letter."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 128 for letter in text]}
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.txt").write_text("letters")
+
+
+@pytest.fixture
+def letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = SimpleNamespace(from_pretrained=lambda *_, **__: Letters())
+    monkeypatch.setattr(transformers, "AutoTokenizer", auto)
+
+
+def run(*words: Any) -> Any:
+    return CliRunner().invoke(app, ["quantize", *map(str, words)])
+
+
+def test_compare_prints_and_draws(letters: None, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "in")
+    picture = tmp_path / "errors.png"
+    result = run(
+        tmp_path / "in", "--bits", 4, "--group", 32, "--compare", "--tokens", 128,
+        "--picture", picture, "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for words in ("int4 group 32", "perplexity", "KL divergence", "down_proj", "On 127 tokens"):
+        assert words in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again.lm_head).__name__ == "QuantizedLinear"
+    assert logits(again).isfinite().all()
+    assert (tmp_path / "out" / "tokenizer.txt").is_file()
+
+
+def test_mistakes_are_one_message(letters: None, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    short = tmp_path / "short.txt"
+    short.write_text("words")
+    for words, text in (
+        (["--bits", 3], "bits is 3"),
+        (["--group", 33], "group_size is 33"),
+        (["--kind", "int7"], "int7"),
+        (["--compare", "--text", short], "the text has 5 tokens"),
+    ):
+        result = run(tmp_path, *words)
+        assert result.exit_code == 2, result.output
+        assert text in " ".join(result.output.split())
+    result = run(tmp_path / "nothing.gguf")
+    assert result.exit_code == 2
+
+
+def test_the_reference_is_bfloat16(letters: None, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    model, _ = command._load(str(tmp_path))
+    assert model.dtype is torch.bfloat16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -11,6 +13,20 @@ from lmfuse.hf import experts, swap
 from lmfuse.modules.linear import Packed
 from lmfuse.modules.pack import pack_model
 from lmfuse.modules.siblings import join_siblings
+from lmfuse.quantization.config import WeightOnlyConfig
+
+
+def weight_only(config: Any) -> WeightOnlyConfig:
+    """The config, or what a qconfig mapping of `ipex.quantization` says.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(config, WeightOnlyConfig):
+        return config
+    from lmfuse.quantization.ipex import weight_only_config
+
+    return weight_only_config(config)
 
 
 def pack(

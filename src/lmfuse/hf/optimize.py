@@ -15,6 +15,7 @@ from torch import nn
 
 from lmfuse.hf import activation, linear, norm, rope, swap
 from lmfuse.modules.pack import unpack_model
+from lmfuse.quantization.model import quantization, quantize
 
 Model = TypeVar("Model", bound=nn.Module)
 # The swap for a module of a model, found under a name; why there is none; or None.
@@ -55,7 +56,8 @@ def optimize(
         inplace: change and return `model` itself rather than a deep copy. Only so do the model and
             its packed form never exist together: the plain weight of a layer is freed before the
             next is packed.
-        quantization_config: must be None: weights are not quantized yet.
+        quantization_config: how to quantize weights, first of all: see `lmfuse.quantize`. A
+            `WeightOnlyConfig`, or a qconfig mapping of `ipex.quantization`.
         sample_inputs, deployment_mode: accepted, as IPEX traced the model with them: here the
             model as it is is as fast as a trace of it, and the packed layout depends on no input.
         weights_prepack: pack the linear layers (`lmfuse.modules.Linear`).
@@ -73,15 +75,14 @@ def optimize(
     Raises:
         TypeError: not an nn.Module, or a dtype other than the three.
         ValueError: a model in training mode, with parameters elsewhere than on the CPU, or
-            quantized by another library and given a dtype; a quantization_config. After any
-            exception `model` is as before (but cast to `dtype`, if it was packing that failed).
+            quantized by another library and given a dtype; a weight that cannot be quantized. After
+            any exception `model` is as before (but cast to `dtype`, if it was packing that failed).
     """
     _check(model, dtype)
-    if quantization_config is not None:
-        raise ValueError(
-            "quantization_config must be None: this version of lmfuse does not quantize weights"
-        )
-    if not inplace:
+    config = None if quantization_config is None else linear.weight_only(quantization_config)
+    if config is not None and not inplace:
+        model, config = quantize(model, config), None
+    elif not inplace:
         model = copy.deepcopy(model)
     before = {module: type(module) for module in model.modules()}
     try:
@@ -90,6 +91,8 @@ def optimize(
             joints.join(model, done)
         if dtype is not None:
             _cast(model, dtype)  # late: all before it can be undone
+        if config is not None:
+            quantize(model, config, inplace=True)
         if weights_prepack:
             linear.pack(model, done, auto_kernel_selection, concat_linear)
     except BaseException:
@@ -129,9 +132,13 @@ def restore(model: Model) -> Model:
 
 
 def report(model: nn.Module) -> swap.Report:
-    """What `optimize` replaced in `model`, and why other such modules stayed stock."""
+    """What `optimize` replaced and `quantize` quantized, and why other modules stayed stock."""
     found = vars(model).get(_REPORT)
-    return found if found is not None else swap.Report()
+    found = found if found is not None else swap.Report()
+    weights = quantization(model)
+    return swap.Report(
+        found.replaced, {**found.packed, **weights.quantized}, {**weights.stock, **found.stock}
+    )
 
 
 def _joints() -> ModuleType | None:
@@ -153,7 +160,7 @@ def _passes() -> tuple[Pass, ...]:
 
 def _swap_all(model: nn.Module) -> swap.Report:
     """Plans for the whole model, then swaps."""
-    done, passes = copy.deepcopy(report(model)), _passes()
+    done, passes = copy.deepcopy(vars(model).get(_REPORT)) or swap.Report(), _passes()
     swaps: list[tuple[nn.Module, swap.Swap]] = []
     with torch.no_grad():
         for name, module in model.named_modules():

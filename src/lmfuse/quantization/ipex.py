@@ -128,7 +128,7 @@ def get_weight_only_quant_qconfig_mapping(
     """
     if isinstance(weight_dtype, torch.dtype) and weight_dtype in _OLD:
         warnings.warn(
-            f"{weight_dtype} is deprecated: say {_OLD[weight_dtype]!s}",
+            f"{weight_dtype} is deprecated: say WoqWeightDtype.{_OLD[weight_dtype].name}",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -51,7 +51,7 @@ def pack_gptq(
     if qzeros is not None:
         _words("qzeros", qzeros, (groups, -(-n // per_word)))
         stored = unpack_words(qzeros, bits).reshape(groups, -1)[:, :n]
-        zeros = ((stored + zero_offset) % (1 << bits)).T
+        zeros = ((stored.to(torch.int16) + zero_offset) % (1 << bits)).T
     size = _group_size(k, groups, group_size)
     return _pack(bits, codes, scales, zeros, size, _act_order(g_idx, k, groups, size))
 

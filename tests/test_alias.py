@@ -103,10 +103,14 @@ def test_llm_optimize_takes_the_arguments_of_ipex():
         "device": "xpu",
         "qconfig_summary_file": "recipe.json",
         "low_precision_checkpoint": {},
-        "quantization_config": object(),
     }.items():
         with pytest.raises(ValueError, match=f"{name} .*must be"):
             ipex.llm.optimize(model, **{name: value})
+    with pytest.raises(TypeError, match="get_weight_only_quant_qconfig_mapping"):
+        ipex.llm.optimize(model, quantization_config=object())
+    qconfig = ipex.quantization.get_weight_only_quant_qconfig_mapping()
+    quantized = ipex.llm.optimize(mlp(), quantization_config=qconfig)
+    assert quantized[0].weight.dtype is torch.uint8
 
 
 def test_version_says_which_release_of_ipex_and_whose():

@@ -1,4 +1,4 @@
-"""Checkpoints: round trips through transformers, GPTQ, AWQ and GGUF as published, hostile headers."""
+"""Checkpoints: round trips through transformers; GPTQ, AWQ, GGUF as published; hostile files."""
 
 from __future__ import annotations
 
@@ -181,7 +181,9 @@ def test_gptq_zero_points_wrap() -> None:
     scales = torch.ones(1, 8)
     for stored, zero in ((7, 8), (15, 0), (0, 1)):
         qzeros = words(torch.full((1, 8), stored))
-        assert torch.equal(dequantize(pack_gptq(qweight, scales, qzeros)), torch.full((8, 32), 3.0 - zero))
+        assert torch.equal(
+            dequantize(pack_gptq(qweight, scales, qzeros)), torch.full((8, 32), 3.0 - zero)
+        )
     v2 = pack_gptq(qweight, scales, words(torch.full((1, 8), 15)), zero_offset=0)
     assert torch.equal(dequantize(v2), torch.full((8, 32), -12.0))
 

@@ -173,7 +173,7 @@ def test_weights_that_are_not_finite_are_refused(kind: str, symmetric: bool, bad
     ],
 )
 def test_what_no_config_can_be(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be|needs"):
+    with pytest.raises(ValueError, match=r"must be|needs"):
         WeightOnlyConfig(**wrong)
 
 
@@ -389,7 +389,9 @@ def test_quality_of_a_model_beside_itself() -> None:
     two = lmfuse.quantize(model, WeightOnlyConfig(bits=4))
     found = quality.compare(model, two, rows)
     assert 0 < found.divergence < 1
-    loss = nn.functional.cross_entropy(logits(two, rows)[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+    loss = nn.functional.cross_entropy(
+        logits(two, rows)[:, :-1].flatten(0, 1), rows[:, 1:].flatten()
+    )
     assert found.perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
     errors = quality.layer_errors(model, two, rows[0])
     assert len(errors) == 2 * 7 + 1

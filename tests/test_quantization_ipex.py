@@ -110,7 +110,7 @@ def test_defaults_of_the_qconfig() -> None:
     ],
 )
 def test_qconfigs_that_cannot_be(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be|needs"):
+    with pytest.raises(ValueError, match=r"must be|needs"):
         mapping(**wrong)
 
 

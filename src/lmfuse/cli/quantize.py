@@ -49,7 +49,9 @@ def quantize(
     ],
     bits: Annotated[int, typer.Option(help="8 or 4.")] = 8,
     group: Annotated[int, typer.Option(help="Columns that share a scale; -1: a whole row.")] = -1,
-    kind: Annotated[Kind | None, typer.Option(help="By default int8 or int4, as bits says.")] = None,
+    kind: Annotated[
+        Kind | None, typer.Option(help="By default int8 or int4, as bits says.")
+    ] = None,
     symmetric: Annotated[
         bool | None, typer.Option(help="Without zero points; by default int8 is, and int4 is not.")
     ] = None,
@@ -108,7 +110,7 @@ def _load(model: str) -> tuple[Any, Any]:
     if path.suffix == ".gguf":
         path, where = path.parent, {"gguf_file": path.name}
     name = path if path.is_dir() else model
-    found = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, **where)
+    found: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, **where)
     return found.eval(), AutoTokenizer.from_pretrained(name, **where)
 
 

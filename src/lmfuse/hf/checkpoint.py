@@ -45,9 +45,9 @@ def load(name: str | os.PathLike[str], how: WeightOnlyConfig, kwargs: dict[str, 
         name, **_where(kwargs)
     )
     said = getattr(config, "quantization_config", None)
-    said = said.to_dict() if hasattr(said, "to_dict") else said
-    method = said.get("quant_method") if isinstance(said, dict) else None
-    if method not in ("gptq", "awq"):
+    said = said if said is None or isinstance(said, dict) else said.to_dict()
+    method = None if said is None else said.get("quant_method")
+    if said is None or method not in ("gptq", "awq"):
         return auto.from_pretrained(name, config=config, **kwargs)
     folder = _folder(name, kwargs)
     tensors = _tensors(folder)
@@ -68,7 +68,7 @@ def load_gguf(
 
     path = Path(name) / file
     if not path.is_file():
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         found = cached_file(str(name), file, **_where(kwargs))
         path = Path(str(found))
@@ -87,7 +87,7 @@ def load_state(
     said = dataclasses.replace(how, layers=dict.fromkeys(layers, how.compute))
     config.quantization_config = said.to_dict()
     names = config.architectures or ()
-    kind = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    kind: Any = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
     if kind is None:
         kind = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     kwargs = {k: v for k, v in kwargs.items() if k not in _WHERE}
@@ -129,8 +129,7 @@ def _tensors(folder: Path) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for file in files:
         try:
-            opened = safe_open(folder / file, framework="pt")
-            opened = opened.__enter__()
+            opened: Any = safe_open(folder / file, framework="pt")
             for key in opened.keys():  # noqa: SIM118  (no dict)
                 tensors[key] = opened.get_slice(key)
         except (SafetensorError, OSError) as error:

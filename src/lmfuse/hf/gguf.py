@@ -27,7 +27,8 @@ def load(path: Path, how: WeightOnlyConfig, kwargs: dict[str, Any]) -> Any:
     where = {"gguf_file": path.name, "local_files_only": True}
     config = transformers.AutoConfig.from_pretrained(path.parent, **where)
     with torch.device("meta"):
-        empty: Any = transformers.AutoModelForCausalLM.from_config(config)
+        auto: Any = transformers.AutoModelForCausalLM
+        empty = auto.from_config(config)
     file = _File(path, empty, config)
     state: dict[str, Any] = {}
     layers: list[str] = []
@@ -63,7 +64,7 @@ def _tied(model: Any, layers: list[str]) -> list[str]:
 class _File:
     def __init__(self, path: Path, model: Any, config: Any) -> None:
         metadata, _ = read_gguf_metadata(str(path))
-        kind = TENSOR_PROCESSORS.get(metadata["general.architecture"], TensorProcessor)
+        kind: Any = TENSOR_PROCESSORS.get(metadata["general.architecture"], TensorProcessor)
         self.path = path
         self.processor = kind(config=config.to_dict())
         try:

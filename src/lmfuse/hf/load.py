@@ -25,8 +25,9 @@ def from_pretrained(
     | GGUF, tensors of Q4_0, Q4_1, Q8_0     | int4, int8 groups of 32; other types are unpacked |
     | saved by lmfuse, or not quantized     | as `AutoModelForCausalLM.from_pretrained` has it  |
 
-    They are repacked one by one as they are read, never by way of floating numbers. Only safetensors
-    and GGUF files are read, after their headers were checked. `lmfuse.optimize` then fuses the rest.
+    They are repacked one by one as they are read, never by way of floating numbers. Only
+    safetensors and GGUF files are read, after their headers were checked. `lmfuse.optimize` then
+    fuses the rest.
 
     Args:
         name: a folder, or a repository of the Hugging Face Hub, which is downloaded.

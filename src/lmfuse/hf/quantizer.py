@@ -1,4 +1,4 @@
-"""transformers' quantizer "lmfuse": `from_pretrained(..., quantization_config=WeightOnlyConfig(...))`,
+"""transformers' quantizer "lmfuse": `from_pretrained(…, quantization_config=WeightOnlyConfig(…))`,
 `save_pretrained`, and `from_pretrained` of what that wrote.
 
 While a model loads, an `Awaiting` stands where a quantized layer will be: each weight is quantized
@@ -42,13 +42,13 @@ class Awaiting(nn.Module):
         self.bias: Any = getattr(stock, "bias", None)
 
 
-class Pack(ConversionOps):  # type: ignore[misc]
+class Pack(ConversionOps):
     """A weight as it is in the file -> its bytes."""
 
     def __init__(self, config: WeightOnlyConfig) -> None:
         self.config = config
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """One tensor in, one out, under its name."""
         done = {}
         for name, found in input_dict.items():
@@ -58,7 +58,7 @@ class Pack(ConversionOps):  # type: ignore[misc]
 
 
 @register_quantizer(NAME)
-class Quantizer(HfQuantizer):  # type: ignore[misc]
+class Quantizer(HfQuantizer):
     """See the module."""
 
     quantization_config: Any
@@ -165,10 +165,10 @@ def _arrived(
 
 
 @register_quantization_config(NAME)
-class _Config(QuantizationConfigMixin):  # type: ignore[misc]
+class _Config(QuantizationConfigMixin):
     """What the registry asks for: makes a `WeightOnlyConfig` of what config.json says."""
 
-    quant_method = NAME
+    quant_method = NAME  # type: ignore[assignment]
 
     @classmethod
     def from_dict(

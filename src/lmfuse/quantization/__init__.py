@@ -6,8 +6,8 @@ from lmfuse.quantization.compute import choose_compute
 from lmfuse.quantization.config import WeightOnlyConfig
 from lmfuse.quantization.embedding import QuantizedEmbedding
 from lmfuse.quantization.gguf import gguf_tensors, pack_gguf
-from lmfuse.quantization.published import pack_awq, pack_gptq
 from lmfuse.quantization.model import Quantization, quantization, quantize
+from lmfuse.quantization.published import pack_awq, pack_gptq
 
 __all__ = [
     "Codes",

@@ -1,15 +1,15 @@
 """The mathematics: a weight as codes, scales and zero points, in plain torch.
 
-A row, or a group of its columns, is quantized on its own. With lo = min(0, min w), hi = max(0, max w):
+A row, or a group of its columns, is quantized on its own. With lo = min(0, w), hi = max(0, w):
 
-| kind | scheme     | scale          | zero point         | code q                       | value     |
-|------|------------|----------------|--------------------|------------------------------|-----------|
-| int8 | asymmetric | (hi - lo)/255  | -round(lo/s) - 128 | clamp(round(w/s)+z, -128, 127) | (q - z) s |
-| int8 | symmetric  | max|w|/127     |                    | clamp(round(w/s), -128, 127) | q s       |
-| int4 | asymmetric | (hi - lo)/15   | -round(lo/s)       | clamp(round(w/s)+z, 0, 15)   | (q - z) s |
-| int4 | symmetric  | max|w|/7       |                    | clamp(round(w/s)+8, 0, 15)   | (q - 8) s |
-| nf4  | symmetric  | max|w|         |                    | the nearest NF4[q] to w/s    | NF4[q] s  |
-| fp8  | symmetric  | max|w|/448     |                    | w/s as e4m3                  | q s       |
+| kind | scheme     | scale         | zero point         | code q                   | value     |
+|------|------------|---------------|--------------------|--------------------------|-----------|
+| int8 | asymmetric | (hi - lo)/255 | -round(lo/s) - 128 | round(w/s)+z, -128 … 127 | (q - z) s |
+| int8 | symmetric  | max|w|/127    |                    | round(w/s), -128 … 127   | q s       |
+| int4 | asymmetric | (hi - lo)/15  | -round(lo/s)       | round(w/s)+z, 0 … 15     | (q - z) s |
+| int4 | symmetric  | max|w|/7      |                    | round(w/s)+8, 0 … 15     | (q - 8) s |
+| nf4  | symmetric  | max|w|        |                    | the NF4[q] nearest w/s   | NF4[q] s  |
+| fp8  | symmetric  | max|w|/448    |                    | w/s as e4m3              | q s       |
 
 s is at least 2^-23; ties are rounded to even; w/s is w times the rounded 1/s, as in IPEX.
 """
@@ -90,7 +90,7 @@ def quantize_weight(
         w = weight[start : start + rows].detach().float()
         pad = -k % group  # zeros change no range: 0 belongs to each
         w = torch.nn.functional.pad(w, (0, pad)) if pad else w
-        w = w.unflatten(1, (-1, group))
+        w = w.view(len(w), -1, group)
         parts.append(_slice(w, kind, symmetric, scales, scale_dtype))
     codes, scale, zeros = zip(*parts, strict=True)
     codes_ = torch.cat([c.flatten(1)[:, :k] for c in codes])
@@ -123,9 +123,7 @@ def nf4_values(codes: Tensor) -> Tensor:
 Sliced = tuple[Tensor, Tensor, "Tensor | None"]
 
 
-def _slice(
-    w: Tensor, kind: str, symmetric: bool, scales: str, scale_dtype: torch.dtype
-) -> Sliced:
+def _slice(w: Tensor, kind: str, symmetric: bool, scales: str, scale_dtype: torch.dtype) -> Sliced:
     """Codes of w [rows, groups, group], and scales and zeros [rows, groups]."""
     lo, hi = (bound.clamp(**at) for bound, at in zip(w.aminmax(dim=-1), _ZERO, strict=True))
     encode = _ENCODERS[kind, symmetric or kind in ("nf4", "fp8")]

@@ -18,7 +18,7 @@ from lmfuse.modules import QuantizedLinear
 # A layer whose result int8 compute changes by more than this part of its norm stays at bf16. Inputs
 # without outliers give 0.6 to 1.5 %.
 LIMIT = 0.03
-# Where the most probable next token leads the second by less than a factor of e^0.5, rounding decides.
+# Where the most probable next token leads by less than a factor of e^0.5, any rounding decides.
 _LEAD = 0.5
 _TOKENS = 48
 

@@ -1,4 +1,4 @@
-"""`WeightOnlyConfig`: how the weights of linear layers are quantized, and how such layers compute."""
+"""`WeightOnlyConfig`: how weights of linear layers are quantized, and how such layers compute."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class WeightOnlyConfig:
         scales: "plain": from the smallest to the largest weight of a group; "search": the range,
             up to a fifth smaller, whose squared error is the least, group by group; about ten times
             slower to quantize.
-        scale_dtype: "float32", "bfloat16" or "float16", to which scales are rounded before codes are
-            chosen; None: bfloat16 for groups, float32 for whole rows, where it costs nothing.
+        scale_dtype: "float32", "bfloat16" or "float16", to which scales are rounded before codes
+            are chosen; None: bfloat16 for groups, float32 for whole rows, where it costs nothing.
         compute: "bf16": inputs are rounded to bfloat16; "int8": they are quantized, row by row, on
             the way in (int8 and int4 weights only); "fp32": they stay as they are; "fp16" is
             computed as "fp32". "auto": "int8" where `lmfuse.quantization.choose_compute` finds on a
             few sample tokens that it can be trusted, and "bf16" elsewhere.
-        block_scales: with int8 compute, quantize inputs per row and group of columns (or part of 256 of a
-            longer one), not per row.
+        block_scales: with int8 compute, quantize inputs per row and group of columns (or part of
+            256 of a longer one), not per row.
         lm_head: quantize the layer that gives the logits.
         embedding: quantize the input embedding; one that is tied to lm_head shares its bytes.
         skip: layers that stay as they are: whole names, their last parts, or parts in between.

@@ -23,9 +23,7 @@ class QuantizedEmbedding(nn.Module):
     weight: Tensor
     like: Tensor
 
-    def __init__(
-        self, weight: Tensor, dtype: torch.dtype, padding_idx: int | None = None
-    ) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, padding_idx: int | None = None) -> None:
         super().__init__()
         format = functional.quantized_format(weight)
         self.num_embeddings, self.embedding_dim = format.out_features, format.in_features

@@ -102,9 +102,7 @@ class _Reader:
         return start
 
     def number(self, form: str, what: str) -> int:
-        return int(
-            struct.unpack_from(form, self.data, self.skip(struct.calcsize(form), what))[0]
-        )
+        return int(struct.unpack_from(form, self.data, self.skip(struct.calcsize(form), what))[0])
 
     def string(self, what: str) -> bytes:
         size = self.number("<Q", what)
@@ -173,9 +171,7 @@ class _Reader:
             raise self.error(f"{name} has rows of {shape[-1]}, not a multiple of {elements}")
         return GgufTensor(name, shape, kind, start, prod(shape) // elements * size)
 
-    def placed(
-        self, found: list[GgufTensor], base: int, alignment: int
-    ) -> dict[str, GgufTensor]:
+    def placed(self, found: list[GgufTensor], base: int, alignment: int) -> dict[str, GgufTensor]:
         tensors: dict[str, GgufTensor] = {}
         reach = base
         for tensor in sorted(found, key=lambda t: t.start):
@@ -213,15 +209,13 @@ def pack_gguf(blocks: Tensor, type: int) -> Tensor:
             f"{size} bytes"
         )
     n = blocks.shape[0]
-    parts = blocks.unflatten(1, (-1, size))
+    parts = blocks.reshape(n, -1, size)
     head = 4 if type == 3 else 2
     numbers = parts[..., :head].contiguous().view(torch.float16)
     codes = parts[..., head:]
     scales = numbers[..., 0].contiguous()
     if type == 8:
-        return pack_quantized(
-            "int8", codes.reshape(n, -1).view(torch.int8), scales, group_size=32
-        )
+        return pack_quantized("int8", codes.reshape(n, -1).view(torch.int8), scales, group_size=32)
     nibbles = torch.cat((codes & 15, codes >> 4), -1).reshape(n, -1)
     offsets = numbers[..., 1].contiguous() if type == 3 else None
     return pack_quantized("int4", nibbles, scales, offsets=offsets, group_size=32)

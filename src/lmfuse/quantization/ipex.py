@@ -1,4 +1,4 @@
-"""Weight-only quantization as `ipex.quantization` spells it: a qconfig mapping, prepare, convert."""
+"""Weight-only quantization as `ipex.quantization` spells it: a qconfig, prepare, convert."""
 
 from __future__ import annotations
 

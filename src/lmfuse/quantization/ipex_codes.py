@@ -1,7 +1,7 @@
-"""Quantizing and dequantizing under the names of `ipex.quantization`; see `codes` for the formulas.
+"""Quantizing and dequantizing as `ipex.quantization` spells it; see `codes` for the formulas.
 
-Codes of four bits lie two in a byte: byte j of a row holds column 2 j in its low half and 2 j + 1 in
-its high one; a row of odd length ends with a zero code.
+Codes of four bits lie two in a byte: byte j of a row holds column 2 j in its low half and 2 j + 1
+in its high one; a row of odd length ends with a zero code.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def dequantize_per_block(
 
 
 def weight_kind(dtype: Any) -> str:
-    """The kind that a `WoqWeightDtype` (or torch.qint8, torch.quint4x2, as IPEX once took) names."""
+    """The kind that a `WoqWeightDtype` (or torch.qint8, torch.quint4x2, as once in IPEX) names."""
     old = {torch.qint8: "int8", torch.quint4x2: "int4"}
     if isinstance(dtype, torch.dtype) and dtype in old:
         return old[dtype]

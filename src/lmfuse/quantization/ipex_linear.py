@@ -124,7 +124,7 @@ class WeightOnlyQuantizedLinear(QuantizedLinear):
             TypeError, ValueError: shapes or dtypes that do not fit together.
         """
         kind = weight_kind(dtype)
-        n, k = int(mod.out_features), int(mod.in_features)
+        n, k = _sizes(mod)
         if weight_format != WoqWeightFormat.PLAIN_FORMAT:
             if kind != "int4":
                 raise ValueError(f"weight_format {weight_format!r} is for INT4 weights")
@@ -182,9 +182,7 @@ class WeightOnlyQuantizedLinear(QuantizedLinear):
         from lmfuse.quantization import ipex
 
         if quant_method == QuantMethod.GPTQ_GEMM:
-            packed = published.pack_gptq(
-                qweight, scales, zero_points, g_idx, group_size=group_size
-            )
+            packed = published.pack_gptq(qweight, scales, zero_points, g_idx, group_size=group_size)
         elif quant_method == QuantMethod.AWQ_GEMM:
             packed = published.pack_awq(qweight, scales, zero_points, group_size)
         else:
@@ -217,9 +215,8 @@ class WeightOnlyQuantizedLinear(QuantizedLinear):
         """
         if dtype != QuantDtype.INT4:
             raise ValueError(f"dtype is {dtype!r}, but must be QuantDtype.INT4")
-        sizes = (in_features, out_features)
-        rest = (quant_method, qconfig, bias, group_size, g_idx)
-        return cls.from_int4_weight(qweight, scales, zero_points, *sizes, *rest)
+        rest: Any = (in_features, out_features, quant_method, qconfig, bias, group_size, g_idx)
+        return cls.from_int4_weight(qweight, scales, zero_points, *rest)
 
     @classmethod
     def _made(
@@ -307,6 +304,11 @@ class IPEXWeightOnlyQuantizedLinear(nn.Module):
         """x: [..., k]; returns [..., n]. kwargs are not read."""
         result: Tensor = self.woq_linear_impl(x)
         return result
+
+
+def _sizes(mod: Any) -> tuple[int, int]:
+    """out_features, in_features"""
+    return int(mod.out_features), int(mod.in_features)
 
 
 def _narrow(x: Tensor) -> Tensor:

@@ -188,11 +188,11 @@ def plan(model: nn.Module, config: WeightOnlyConfig) -> Plan:
                 found.layers[name] = found.embedding = module
             else:
                 found.stock[name] = f"it is {type(module).__name__}, skipped or with max_norm"
-    if found.embedding is not None and _tied(model, found.head, found.embedding):
-        if not any(module is found.head for module in found.layers.values()):
-            name = next(n for n, module in found.layers.items() if module is found.embedding)
-            del found.layers[name]
-            found.stock[name] = "it is tied to the layer of the logits, which stays as it is"
+    stays = not any(module is found.head for module in found.layers.values())
+    if found.embedding is not None and stays and _tied(model, found.head, found.embedding):
+        name = next(n for n, module in found.layers.items() if module is found.embedding)
+        del found.layers[name]
+        found.stock[name] = "it is tied to the layer of the logits, which stays as it is"
     return found
 
 
@@ -221,7 +221,12 @@ def _reason_against(module: nn.Linear, name: str, config: WeightOnlyConfig) -> s
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "its forward is replaced on the instance, or has hooks"
     plain = isinstance(weight, PackedWeight) or type(weight) in (nn.Parameter, Tensor)
-    if not plain or weight.device.type not in ("cpu", "meta") or weight.dtype not in _FLOATS or not weight.numel():
+    if (
+        not plain
+        or weight.device.type not in ("cpu", "meta")
+        or weight.dtype not in _FLOATS
+        or not weight.numel()
+    ):
         return f"its weight is {tuple(weight.shape)}, {weight.dtype}, on {weight.device}"
     return None
 
@@ -259,13 +264,11 @@ def remember(model: nn.Module, config: WeightOnlyConfig) -> None:
     if getattr(head, "weight", None) is not getattr(inputs, "weight", None):
         for part in {id(c): c for c in (theirs, _text_config(theirs))}.values():
             part.tie_word_embeddings = False
-        if isinstance(getattr(model, "all_tied_weights_keys", None), dict):
-            names = {id(m): n for n, m in model.named_modules()}
-            vars(model)["all_tied_weights_keys"] = {
-                target: source
-                for target, source in model.all_tied_weights_keys.items()  # type: ignore[union-attr]
-                if target != f"{names.get(id(head))}.weight"
-            }
+        keys: Any = getattr(model, "all_tied_weights_keys", None)
+        if isinstance(keys, dict):
+            heads = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+            left = {target: source for target, source in keys.items() if target not in heads}
+            vars(model)["all_tied_weights_keys"] = left
 
 
 def _text_config(config: Any) -> Any:

@@ -1,12 +1,14 @@
 """Weights as GPTQ and AWQ checkpoints publish them, packed as they are: no value is rounded again.
 
-| | GPTQ (arXiv:2210.17323, as AutoGPTQ and GPTQModel store it) | AWQ (arXiv:2306.00978, "gemm") |
-|---|---|---|
-| qweight | int32 [k bits/32, n]: word r holds rows r 32/bits + j at bit j bits | int32 [k, n/8]: nibble j is column 8 c + (0 2 4 6 1 3 5 7)[j] |
-| scales | [groups, n] | [groups, n] |
-| qzeros | int32 [groups, n bits/32], the zero point minus one; None: the middle | int32 [groups, n/8], in the order of qweight |
-| g_idx | [k]: the group of each row; None: k // group size | |
-| value | (q - zero) scale | (q - zero) scale |
+|         | GPTQ, as AutoGPTQ and GPTQModel store it    | AWQ, "gemm"                             |
+|---------|---------------------------------------------|-----------------------------------------|
+| qweight | int32 [k bits/32, n]: rows side by side     | int32 [k, n/8]: columns side by side    |
+| in it   | row 8 r + j is nibble j of word r (4 bits)  | column 8 c + (0 2 4 6 1 3 5 7)[j]: j    |
+| scales  | [groups, n]                                 | [groups, n]                             |
+| qzeros  | int32 [groups, n bits/32], minus one        | int32 [groups, n/8], in qweight's order |
+| g_idx   | [k]: the group of each row, or None         |                                         |
+
+value = (q - zero) scale; without qzeros, zero is the middle code. arXiv:2210.17323, 2306.00978.
 """
 
 from __future__ import annotations
@@ -104,7 +106,7 @@ def _pack(
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """[..., 32 / bits] uint8: the numbers in each word, lowest bits first."""
-    octets = words.detach().contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    octets = words.detach().contiguous().view(torch.uint8).view(*words.shape, 4)
     if bits == 8:
         return octets
     return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)

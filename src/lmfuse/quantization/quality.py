@@ -1,4 +1,4 @@
-"""What quantizing changes: perplexity, divergence and greedy agreement on a text; each layer's error."""
+"""What quantizing changes: perplexity, divergence, greedy agreement; the error of each layer."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,8 +27,9 @@ class Letters:
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = SimpleNamespace(from_pretrained=lambda *_, **__: Letters())
-    monkeypatch.setattr(transformers, "AutoTokenizer", auto)
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: Letters()
+    )
 
 
 def run(*words: Any) -> Any:

@@ -311,6 +311,24 @@ def test_optimize_takes_a_quantization_config() -> None:
     assert hf.report(got).replaced
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_query_key_and_value_compute_in_one_walk(bits: int, isa: str) -> None:
+    config = WeightOnlyConfig(bits=bits, group_size=32, compute="bf16")
+    apart = lmfuse.optimize(tiny(), quantization_config=config, concat_linear=False)
+    joined = lmfuse.optimize(tiny(), quantization_config=config)
+    attention = joined.model.layers[0].self_attn
+    assert {type(attention.get_submodule(n)).__name__ for n in ("q_proj", "k_proj", "v_proj")} == {
+        "SiblingQuantizedLinear"
+    }
+    assert torch.equal(logits(joined), logits(apart))
+    again = copy.deepcopy(joined)
+    again.model.layers[0].self_attn.k_proj.compute = "fp32"
+    apart.model.layers[0].self_attn.k_proj.compute = "fp32"
+    assert torch.equal(logits(again), logits(apart))
+    lmfuse.restore(joined)
+    assert type(attention.q_proj) is QuantizedLinear
+
+
 # --- int8 compute ---------------------------------------------------------------------------------
 
 

@@ -112,9 +112,9 @@ def _unpack(modules: Iterable[nn.Module]) -> None:
     plain: dict[int, nn.Parameter] = {}
     alive: list[PackedWeight] = []  # so that no two have one id
     for module in modules:
+        part_siblings(module)
         if not isinstance(module, Packed):
             continue
-        part_siblings(module)
         names = module.packed_names
         module.__class__ = type(module).packed_stock  # type: ignore[assignment]
         vars(module).pop("experts_act", None)

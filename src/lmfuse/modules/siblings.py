@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from lmfuse import functional
 from lmfuse.functional import PackedWeight
 from lmfuse.functional.packed import alike
+from lmfuse.modules import quantized_linear
 from lmfuse.modules.linear import Linear
+from lmfuse.modules.quantized_linear import QuantizedLinear
 
 # How transformers' attention modules call them.
 _NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
@@ -35,7 +37,7 @@ class _Waiting:
 
 
 class _Family:
-    def __init__(self, members: Sequence[Linear]) -> None:
+    def __init__(self, members: Sequence[Linear | QuantizedLinear]) -> None:
         self.members = list(members)
         self.apart = False  # they do not read the same input
         self._thread = threading.local()
@@ -46,10 +48,15 @@ class _Family:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _thread=threading.local())
 
-    def _state(self, x: Tensor) -> list[int]:
+    def _state(self, x: Tensor) -> list[Any]:
         """Differs once x or a weight was written or replaced."""
-        state = [x._version]
+        state: list[Any] = [x._version]
         for member in self.members:
+            if isinstance(member, QuantizedLinear):
+                bytes_ = member.weight
+                version = -1 if bytes_.is_inference() else bytes_._version
+                state += (id(bytes_), version, member.compute)
+                continue
             weight: Any = member._parameters["weight"]
             state += (id(weight), weight.packed._version if type(weight) is PackedWeight else -1)
         return state
@@ -70,21 +77,32 @@ class _Family:
             self.apart = waiting.x is not x
         if self.apart or -1 in state:
             return None
-        weights: list[Any] = [m.weight for m in self.members]
-        parts = functional.linear_concat(x, weights, [m.bias for m in self.members])
+        parts = self._all(x)
+        if parts is None:
+            return None
         rest = {i: part for i, part in enumerate(parts) if i != place}
         self._thread.waiting = _Waiting(x, state, rest)
         return parts[place]
 
+    def _all(self, x: Tensor) -> Sequence[Tensor] | None:
+        """What all members give for x; None if they are no longer alike."""
+        members: list[Any] = self.members
+        if not isinstance(members[0], QuantizedLinear):
+            weights = [m.weight for m in members]
+            return functional.linear_concat(x, weights, [m.bias for m in members])
+        if all(m.alike(members[0]) for m in members):
+            return quantized_linear.concat(x, *members)
+        return None
 
-class SiblingLinear(Linear):
-    """A packed linear layer that computes together with its siblings."""
+
+class _Sibling(nn.Module):
+    """Mixin of linear layers that compute together with their siblings."""
 
     family: _Family
     place: int
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _new, (), self.__dict__
+        return _new, (type(self).__mro__[2],), self.__dict__
 
     def forward(self, input: Tensor) -> Tensor:
         """input: [..., in_features]; see `lmfuse.functional.linear`."""
@@ -92,32 +110,57 @@ class SiblingLinear(Linear):
             found = self.family.result(self.place, input)
             if found is not None:
                 return found
-        return super().forward(input)
+        return super().forward(input)  # type: ignore[misc,no-any-return]
 
 
-def _new() -> SiblingLinear:
-    return SiblingLinear.__new__(SiblingLinear)
+class SiblingLinear(_Sibling, Linear):
+    """A packed linear layer that computes together with its siblings."""
+
+
+_kinds: dict[type[nn.Module], type[_Sibling]] = {Linear: SiblingLinear}
+
+
+def _kind(stock: type[nn.Module]) -> type[_Sibling]:
+    """The class of a sibling that is a `stock`."""
+    if stock not in _kinds:
+        _kinds[stock] = type(f"Sibling{stock.__name__}", (_Sibling, stock), {})
+    return _kinds[stock]
+
+
+def _new(stock: type[nn.Module]) -> _Sibling:
+    kind = _kind(stock)
+    return kind.__new__(kind)
 
 
 def join_siblings(model: nn.Module) -> int:
-    """Makes families of the packed query, key and value layers of each module; says how many."""
+    """Makes families of the packed or quantized query, key and value layers of each module; says
+    how many."""
     count = 0
     for module in model.modules():
         for names in _NAMES:
             members: list[Any] = [module._modules.get(name) for name in names]
-            if all(type(m) is Linear and type(m.weight) is PackedWeight for m in members) and all(
-                alike(m.weight, members[0].weight) for m in members
-            ):
+            if _alike(members):
                 family = _Family(members)
                 for place, member in enumerate(members):
-                    member.__class__ = SiblingLinear
+                    member.__class__ = _kind(type(member))
                     member.family, member.place = family, place
                 count += 1
     return count
 
 
+def _alike(members: Sequence[Any]) -> bool:
+    """Whether these can compute in one call, and belong to no family yet."""
+    first = members[0]
+    if isinstance(first, _Sibling) or not all(type(m) is type(first) for m in members):
+        return False
+    if isinstance(first, QuantizedLinear):
+        return all(m.alike(first) for m in members)
+    packed = type(first) is Linear and all(type(m.weight) is PackedWeight for m in members)
+    return packed and all(alike(m.weight, first.weight) for m in members)
+
+
 def part_siblings(module: nn.Module) -> None:
     """Makes a member of a family an ordinary packed layer again."""
-    if isinstance(module, SiblingLinear):
-        module.__class__ = Linear  # type: ignore[assignment]
+    if isinstance(module, _Sibling):
+        module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]
         del module.family, module.place

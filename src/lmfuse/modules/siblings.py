@@ -110,7 +110,7 @@ class _Sibling(nn.Module):
             found = self.family.result(self.place, input)
             if found is not None:
                 return found
-        return super().forward(input)  # type: ignore[misc,no-any-return]
+        return super().forward(input)  # type: ignore[no-any-return]
 
 
 class SiblingLinear(_Sibling, Linear):
@@ -162,5 +162,5 @@ def _alike(members: Sequence[Any]) -> bool:
 def part_siblings(module: nn.Module) -> None:
     """Makes a member of a family an ordinary packed layer again."""
     if isinstance(module, _Sibling):
-        module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]
+        module.__class__ = type(module).__mro__[2]
         del module.family, module.place

@@ -11,6 +11,9 @@ A row, or a group of its columns, is quantized on its own. With lo = min(0, w), 
 | nf4  | symmetric  | max|w|        |                    | the NF4[q] nearest w/s   | NF4[q] s  |
 | fp8  | symmetric  | max|w|/448    |                    | w/s as e4m3              | q s       |
 
+"search" tries smaller ranges, too, and keeps the one with the least squared error; where there are
+zero points, these are the ranges of the weights alone, without 0, and z need not be an integer.
+
 s is at least 2^-23; ties are rounded to even; w/s is w times the rounded 1/s, as in IPEX.
 """
 
@@ -45,7 +48,7 @@ SMALLEST_SCALE = 2.0**-23
 # A slice of rows: 2 MB in float32, about a second-level cache, through which all passes go.
 _SLICE = 1 << 19
 # Ranges that "search" tries, as fractions of the whole one.
-_FRACTIONS = (0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8)
+_FRACTIONS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8)
 
 
 class Codes(NamedTuple):
@@ -73,7 +76,7 @@ def quantize_weight(
         kind: "int8", "int4", "nf4" or "fp8".
         group_size: columns that share a scale; -1: all.
         symmetric: without zero points; nf4 and fp8 have none anyway.
-        scales: "plain" as in the table, or "search": of ranges from 80 to 100 % of the plain one
+        scales: "plain" as in the table, or "search": of ranges from 80 to 100 % of the whole one
             that with the least squared error.
         scale_dtype: scales are rounded to it before codes are chosen.
 
@@ -125,13 +128,18 @@ Sliced = tuple[Tensor, Tensor, "Tensor | None"]
 
 def _slice(w: Tensor, kind: str, symmetric: bool, scales: str, scale_dtype: torch.dtype) -> Sliced:
     """Codes of w [rows, groups, group], and scales and zeros [rows, groups]."""
-    lo, hi = (bound.clamp(**at) for bound, at in zip(w.aminmax(dim=-1), _ZERO, strict=True))
-    encode = _ENCODERS[kind, symmetric or kind in ("nf4", "fp8")]
+    low, high = w.aminmax(dim=-1)
+    lo, hi = low.clamp(max=0), high.clamp(min=0)
+    symmetric = symmetric or kind in ("nf4", "fp8")
+    encode = _ENCODERS[kind, symmetric]
 
     def at(fraction: float) -> Sliced:
-        return encode(w, lo * fraction, hi * fraction, scale_dtype)
+        if symmetric:
+            return encode(w, lo * fraction, hi * fraction, scale_dtype)
+        middle, half = (high + low) / 2, (high - low) / 2 * fraction
+        return _between(w, middle - half, middle + half, scale_dtype, kind)
 
-    best = at(1.0)
+    best = encode(w, lo, hi, scale_dtype)
     if scales == "search":
         best_error = _error(w, kind, best)
         for fraction in _FRACTIONS:
@@ -141,9 +149,6 @@ def _slice(w: Tensor, kind: str, symmetric: bool, scales: str, scale_dtype: torc
             best_error = torch.where(better, error, best_error)
             best = _where(better, found, best)
     return best
-
-
-_ZERO = ({"max": 0.0}, {"min": 0.0})
 
 
 def _where(better: Tensor, a: Sliced, b: Sliced) -> Sliced:
@@ -182,6 +187,16 @@ def _asymmetric(low: int, levels: int) -> Callable[..., Sliced]:
         return codes.to(dtype), scale, zeros
 
     return encode
+
+
+def _between(w: Tensor, lo: Tensor, hi: Tensor, scale_dtype: torch.dtype, kind: str) -> Sliced:
+    """Asymmetric codes of a range that need not hold 0, with a zero point that is no integer."""
+    low, levels, dtype = (-128, 255, torch.int8) if kind == "int8" else (0, 15, torch.uint8)
+    scale = _scale(hi - lo, levels, scale_dtype)
+    inverse = scale.float().reciprocal()
+    zeros = (low - lo * inverse).to(scale_dtype).float()  # kept in the dtype of the scales
+    codes = (w * inverse[..., None] + zeros[..., None]).round_().clamp_(low, low + levels)
+    return codes.to(dtype), scale, zeros
 
 
 def _symmetric(steps: int, low: int, zero: int) -> Callable[..., Sliced]:

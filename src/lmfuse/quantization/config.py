@@ -25,8 +25,8 @@ class WeightOnlyConfig:
         symmetric: whether zero is in the middle of the codes; else groups have zero points, and
             their whole range is used. int8 and int4 only. None: True for int8, False for int4.
         scales: "plain": from the smallest to the largest weight of a group; "search": the range,
-            up to a fifth smaller, whose squared error is the least, group by group; about ten times
-            slower to quantize.
+            up to a fifth smaller, whose squared error is the least, group by group, with zero
+            points that need not be integers; about ten times slower to quantize.
         scale_dtype: "float32", "bfloat16" or "float16", to which scales are rounded before codes
             are chosen; None: bfloat16 for groups, float32 for whole rows, where it costs nothing.
         compute: "bf16": inputs are rounded to bfloat16; "int8": they are quantized, row by row, on

@@ -29,9 +29,9 @@ def choose_compute(model: nn.Module, sample: Any = None) -> dict[str, str]:
 
     Each layer is called with the inputs that `sample` brings it, in bf16 and in int8; where the
     results differ by more than 1.5 % of their norm it stays at bf16. Then the whole model runs:
-    while the most probable next token is not that of bf16 compute, at the end of the sample or where bf16
-    compute prefers it by a factor of at least e^0.5, a quarter of the layers, those with the
-    largest differences, goes back to bf16.
+    while the most probable next token is not that of bf16 compute, at the end of the sample or
+    where bf16 compute prefers it by a factor of at least e^0.5, a quarter of the layers, those with
+    the largest differences, goes back to bf16.
 
     Args:
         model: quantized, on the CPU; changed in place.

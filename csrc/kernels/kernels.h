@@ -44,6 +44,13 @@ struct NormArgs {
   bool stream;  // y is larger than the caches: write around them
 };
 
+// y = residual + x * scale, row by row.
+struct AddScaledArgs {
+  Matrix x, residual, y;
+  int64_t n;
+  float scale;
+};
+
 enum class Activation : int8_t { silu, gelu_erf, gelu_tanh };
 
 // y = activation(gate) * up, row by row.
@@ -368,6 +375,7 @@ struct PeakArgs {
 #define LMFUSE_KERNELS(K)                                                \
   K(norm, NormArgs)                /* rows */                            \
   K(gated, GatedArgs)              /* rows */                            \
+  K(add_scaled, AddScaledArgs)     /* rows */                            \
   K(rope, RopeArgs)                /* tokens, that is b * seq_len + s */ \
   K(pack, PackArgs)                /* panels */                          \
   K(unpack, PackArgs)              /* panels */                          \

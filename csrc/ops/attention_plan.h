@@ -123,30 +123,45 @@ inline int64_t cost(const AttentionArgs& a, const AttentionUnit& u) {
   return std::max<int64_t>(end - begin, 1) * (u.seq_count * u.row_count + 64);
 }
 
+// Cuts the pieces of work, units * kv_heads + head, into contiguous ranges of about equal cost.
+class AttentionShares {
+ public:
+  AttentionShares(const AttentionArgs& a, const AttentionPlan& p)
+      : kv_heads_(a.kv_heads), until_(p.units.size()) {
+    int64_t total = 0;
+    for (size_t u = 0; u < until_.size(); ++u) until_[u] = total += cost(a, p.units[u]);
+  }
+  int64_t total() const { return until_.empty() ? 0 : until_.back(); }
+
+  // Where range t of `slices` begins; range `slices` begins at the end.
+  int64_t begin(int64_t t, int64_t slices) const {
+    if (t == slices) return static_cast<int64_t>(until_.size()) * kv_heads_;
+    const int64_t share = total() * t / slices;
+    const int64_t u = std::upper_bound(until_.begin(), until_.end(), share) - until_.begin();
+    const int64_t before = u ? until_[u - 1] : 0;
+    return u * kv_heads_ + (share - before) * kv_heads_ / (until_[u] - before);
+  }
+
+ private:
+  int64_t kv_heads_;
+  std::vector<int64_t> until_;  // costs up to and including each unit
+};
+
 // Runs the units and joins what they left, on torch's threads, each with one contiguous range of
 // about equal cost.
 inline void run(AttentionArgs a, AttentionPlan& p) {
   make_units(a, p);
   a.sequences = p.sequences.data();
   a.units = p.units.data();
-  const int64_t units = static_cast<int64_t>(p.units.size()), items = units * a.kv_heads;
+  const int64_t items = static_cast<int64_t>(p.units.size()) * a.kv_heads;
   if (items == 0) return;
-  std::vector<int64_t> until(units);  // costs up to and including each unit
-  int64_t total = 0;
-  for (int64_t u = 0; u < units; ++u) until[u] = total += cost(a, p.units[u]);
+  const AttentionShares shares(a, p);
 
   constexpr int64_t kAlone = 1 << 19;  // multiplications below which a second thread is no help
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
-  if (total * a.kv_heads * (a.dim + a.value_dim) < kAlone) threads = 1;
+  if (shares.total() * a.kv_heads * (a.dim + a.value_dim) < kAlone) threads = 1;
   const int64_t slices = std::min<int64_t>(threads, items);
-  std::vector<int64_t> begin(slices + 1, items);
-  for (int64_t t = 0; t < slices; ++t) {
-    const int64_t share = total * t / slices;
-    const int64_t u = std::upper_bound(until.begin(), until.end(), share) - until.begin();
-    const int64_t before = u ? until[u - 1] : 0;
-    begin[t] = u * a.kv_heads + (share - before) * a.kv_heads / (until[u] - before);
-  }
 
   const auto bytes_tensor = [&](int64_t size) {
     return torch::stable::empty({&size, 1}, ScalarType::Byte);
@@ -169,7 +184,7 @@ inline void run(AttentionArgs a, AttentionPlan& p) {
     for (int64_t t = from; t < to; ++t) {
       AttentionArgs mine = a;
       mine.scratch = first + t * (each / 64 * 64);
-      k.attention(mine, begin[t], begin[t + 1]);
+      k.attention(mine, shares.begin(t, slices), shares.begin(t + 1, slices));
     }
   });
   if (!p.entries) return;

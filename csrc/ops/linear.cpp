@@ -1,55 +1,13 @@
-// Linear layers over packed weights. A packed weight is a tensor of bytes: a header, which says
-// what follows and is checked against the length at every use, and the panels (kernels.h).
+// Linear layers over packed weights.
 #include "linear.h"
 
-#include <cstring>
 #include <vector>
 
 #include "memory.h"
+#include "packed.h"
 
 namespace lmfuse {
 namespace {
-
-struct Header {
-  static constexpr char kMagic[8] = {'l', 'm', 'f', 'u', 's', 'e', 'W', '1'};  // W, layout 1
-  char magic[8];
-  int64_t n, k;
-  int32_t dtype;
-  char rest[36];  // zero
-};
-static_assert(sizeof(Header) == 64);
-
-struct Packed {
-  const char* panels;
-  DType dtype;
-  int64_t n, k;
-};
-
-int64_t packed_bytes(DType type, int64_t n, int64_t k) {
-  return static_cast<int64_t>(sizeof(Header)) + panel_count(n) * panel_bytes(type, k);
-}
-
-// The only way to the bytes of a packed weight: nothing that its length does not bear out.
-Packed open(const Tensor& t, const char* name) {
-  static const int32_t byte = aoti_torch_dtype_uint8();
-  LMFUSE_CHECK(t.is_cpu() && t.dim() == 1 && type_code(t) == byte && t.is_contiguous(), name,
-               " must be a packed weight: a contiguous CPU tensor of bytes");
-  LMFUSE_CHECK_VALUE(t.numel() >= static_cast<int64_t>(sizeof(Header)), name,
-                     " is not a weight that lmfuse packed: it has ", t.numel(), " bytes");
-  Header h;
-  std::memcpy(&h, t.const_data_ptr(), sizeof(h));
-  LMFUSE_CHECK_VALUE(std::memcmp(h.magic, Header::kMagic, sizeof(h.magic)) == 0, name,
-                     " is not a weight that this version of lmfuse packed: its header is unknown");
-  constexpr int64_t kMost = int64_t{1} << 31;
-  LMFUSE_CHECK_VALUE(h.dtype >= 0 && h.dtype <= static_cast<int32_t>(DType::f16) && h.n > 0 &&
-                         h.k > 0 && h.n < kMost && h.k < kMost,
-                     name, " has a damaged header: ", h.n, " by ", h.k, ", dtype ", h.dtype);
-  const DType type = static_cast<DType>(h.dtype);
-  LMFUSE_CHECK_VALUE(t.numel() == packed_bytes(type, h.n, h.k), name, " has ", t.numel(),
-                     " bytes, but its header (", h.n, " by ", h.k, ") asks for ",
-                     packed_bytes(type, h.n, h.k));
-  return {static_cast<const char*>(t.const_data_ptr()) + sizeof(Header), type, h.n, h.k};
-}
 
 // One weight [n, k], or several of one shape, [count, n, k]: then their bytes one after the other.
 Tensor linear_pack(Tensor weight) {
@@ -175,19 +133,10 @@ void run(Tensor x, GemmArgs* products, int64_t count) {
     products[p].lda = rows.lda;
     panels += panel_count(products[p].n);
   }
-  const auto kernel = kernels().gemm;
   parallel(blocks * panels, first.k * kPanel * (first.m < 8 ? first.m : 8),
            [&](int64_t begin, int64_t end) {
-             for (int64_t p = 0, at = 0; p < count; ++p) {
-               const int64_t work = blocks * panel_count(products[p].n);
-               const int64_t from = begin > at ? begin - at : 0;
-               const int64_t to = end - at < work ? end - at : work;
-               at += work;
-               if (from >= to) continue;
-               GemmArgs mine = products[p];
-               if (each) mine.scratch = scratch_data + each * thread_index();
-               kernel(mine, from, to);
-             }
+             run_products(products, count, begin, end,
+                          each ? scratch_data + each * thread_index() : nullptr);
            });
 }
 

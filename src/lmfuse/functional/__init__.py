@@ -3,6 +3,14 @@
 from lmfuse.functional.activation import gelu_mul, silu_mul
 from lmfuse.functional.attention import attention, varlen_attention
 from lmfuse.functional.cache import reshape_and_cache
+from lmfuse.functional.decoder import (
+    DecoderLayer,
+    DecoderLinear,
+    DecoderNorm,
+    DecoderStack,
+    decoder,
+    decoder_stack,
+)
 from lmfuse.functional.experts import PackedExperts, experts, pack_experts
 from lmfuse.functional.indirect_attention import (
     gather_indirect,
@@ -35,6 +43,10 @@ from lmfuse.functional.rope import rotary_embedding, rotate, rotate_qk, rotate_q
 from lmfuse.functional.woq import woq_linear, woq_linear_concat, woq_linear_gate_up
 
 __all__ = [
+    "DecoderLayer",
+    "DecoderLinear",
+    "DecoderNorm",
+    "DecoderStack",
     "PackedExperts",
     "PackedWeight",
     "Quantized",
@@ -42,6 +54,8 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "decoder",
+    "decoder_stack",
     "dequantize",
     "experts",
     "fast_layer_norm",

@@ -1,0 +1,260 @@
+// A stack of decoder layers over packed weights and caches, in one call: from the hidden states
+// before the first layer to those after the last.
+#include "decoder_steps.h"
+#include "rope.h"
+
+namespace lmfuse {
+namespace {
+
+// Pieces of one allocation, each on cache lines of its own; the first pass only counts.
+class Buffers {
+ public:
+  template <class F>
+  explicit Buffers(const F& carve) {
+    carve(*this);
+    Tensor all = torch::stable::empty({&used_, 1}, ScalarType::Byte);
+    const uintptr_t past = reinterpret_cast<uintptr_t>(all.mutable_data_ptr()) % kLine;
+    at_ = static_cast<char*>(all.mutable_data_ptr()) + (past ? kLine - past : 0);
+    memory_ = all;
+    used_ = kLine;
+    carve(*this);
+  }
+  char* take(int64_t bytes) {
+    char* mine = at_ ? at_ + used_ - kLine : nullptr;
+    used_ += (bytes + kLine - 1) / kLine * kLine;
+    return mine;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  int64_t used_ = kLine;
+  char* at_ = nullptr;
+  std::optional<Tensor> memory_;
+};
+
+// Equal in all that the activations and the plan of attention depend on.
+void check_alike(const DecoderLayer& a, const DecoderLayer& b) {
+  LMFUSE_CHECK_VALUE(a.heads == b.heads && a.kv_heads == b.kv_heads && a.head_dim == b.head_dim &&
+                         a.columns == b.columns && a.inner() == b.inner() && a.window == b.window &&
+                         a.gated == b.gated && a.parallel == b.parallel,
+                     "the layers of one call must have the same sizes, window and form");
+}
+
+Matrix rows_matrix(void* data, DType type, int64_t rows, int64_t stride) {
+  Matrix m{data, type, {}};
+  m.rows.dims = 1;
+  m.rows.size[0] = rows;
+  m.rows.stride[0] = stride;
+  return m;
+}
+
+// Rows that lie a multiple of 1 KB apart share few sets of the first-level cache.
+int64_t row_stride(int64_t width, int64_t rows) {
+  const int64_t padded = (width + kDotStep - 1) / kDotStep * kDotStep;
+  return rows > 1 ? padded + 32 : padded;
+}
+
+// Rows of k for the products that follow; joint: all workers write them together.
+DecoderStage stage(Buffers& b, const DecoderCall& c, int64_t k, bool joint, int64_t threads) {
+  const GemmFormat format = kernels().gemm_format(c.type, c.rows(), k);
+  DecoderStage s{};
+  s.stride = s.lda = row_stride(k, c.rows());
+  s.rows_type = format.type;
+  const int64_t copies = c.alone() ? threads : 1, size = c.rows() * s.stride;
+  s.data_step = !joint && copies > 1 ? size * c.element() : 0;
+  s.data = s.rows = b.take((joint ? 1 : copies) * size * c.element());
+  s.rows_step = s.data_step;
+  if (format.type != c.type) {
+    const int64_t element = format.type == DType::f32 ? 4 : 2;
+    s.rows_step = copies > 1 ? size * element : 0;
+    s.rows = b.take(copies * size * element);
+  } else if (s.data && k % format.k_multiple) {  // what lies beyond k is multiplied by zeros
+    for (char* copy = s.data; copy < s.data + (joint ? 1 : copies) * size * c.element();
+         copy += size * c.element())
+      for (int64_t r = 0; r < c.rows(); ++r)
+        std::memset(copy + (r * s.stride + k) * c.element(), 0, (s.stride - k) * c.element());
+  }
+  return s;
+}
+
+void carve(Buffers& b, DecoderCall& c, int64_t threads) {
+  const DecoderLayer& l = c.layers[0];
+  c.normed = stage(b, c, c.hidden, false, threads);
+  c.attended = stage(b, c, l.attended(), true, threads);
+  c.inner = stage(b, c, l.inner(), true, threads);
+  const auto wide = [&](int64_t width) {
+    const int64_t stride = row_stride(width, c.rows());
+    return rows_matrix(b.take(c.rows() * stride * c.element()), c.type, c.rows(), stride);
+  };
+  c.projected = wide(l.columns);
+  c.branch = wide(c.hidden);
+  c.middle = wide(c.hidden);
+  if (l.gated) c.gate_up = wide(2 * l.inner());
+  int64_t scratch_rows = 0;
+  for (int64_t k : {c.hidden, l.attended(), l.inner()})
+    scratch_rows = std::max(scratch_rows, kernels().gemm_format(c.type, c.rows(), k).scratch_rows);
+  c.scratch_step = scratch_rows * kPanel * kPanelGroup * 2;
+  c.scratch = reinterpret_cast<float*>(b.take(threads * c.scratch_step * 4));
+  c.attention_scratch_step = (kernels().attention_scratch(c.attention) + 63) / 64 * 64;
+  c.attention_scratch = b.take(threads * c.attention_scratch_step);
+  c.attention.partials =
+      reinterpret_cast<float*>(b.take(c.plan.entries * attention_entry(l.head_dim) * 4));
+}
+
+// Where the keys of each sequence are: its row of block_tables, and how many of them.
+struct Tables {
+  std::vector<int64_t> slots, first;
+  std::vector<int32_t> own;
+  int64_t width;
+
+  Tables(const Tensor& new_slots, const Tensor& tables, const Tensor& cu_lens, const DecoderCall& c)
+      : slots(integers(new_slots, "slots")), first(integers(cu_lens, "cu_seqlens")) {
+    int64_t all = c.layers[0].slots;
+    for (const DecoderLayer& l : c.layers) all = std::min(all, l.slots);
+    LMFUSE_CHECK_VALUE(static_cast<int64_t>(slots.size()) == c.rows(), "slots has ",
+                       static_cast<int64_t>(slots.size()), " elements for ", c.rows(), " tokens");
+    for (int64_t slot : slots)
+      LMFUSE_CHECK_VALUE(slot >= 0 && slot < all, "slots has ", slot, ", but the caches have ", all,
+                         " slots");
+    LMFUSE_CHECK(tables.dim() == 2, "block_tables must have two dimensions");
+    LMFUSE_CHECK_VALUE(tables.size(0) == c.batch &&
+                           static_cast<int64_t>(first.size()) == c.batch + 1 && first[0] == 0,
+                       "block_tables and cu_seqlens must be for ", c.batch, " sequences");
+    width = tables.size(1);
+    read(tables, all);
+  }
+
+  int64_t length(int64_t b) const { return first[b + 1] - first[b]; }
+
+  // The slot of the first key of the only sequence, if the others follow it; else -1.
+  int64_t in_order() const {
+    if (first.size() != 2 || length(0) == 0) return -1;
+    for (int64_t i = 1; i < length(0); ++i)
+      if (own[i] != own[0] + i) return -1;
+    return own[0];
+  }
+
+ private:
+  void read(const Tensor& tables, int64_t all) {
+    const bool wide = tables.scalar_type() == ScalarType::Long;
+    LMFUSE_CHECK(tables.is_cpu() && (wide || tables.scalar_type() == ScalarType::Int),
+                 "block_tables must be a CPU tensor of int32 or int64");
+    const void* data = tables.const_data_ptr();
+    const int64_t stride = tables.stride(0), step = tables.stride(1);
+    own.resize((first.size() - 1) * width);
+    for (size_t b = 0; b + 1 < first.size(); ++b) {
+      LMFUSE_CHECK_VALUE(length(b) >= 0 && length(b) <= width, "the length of sequence ",
+                         static_cast<int64_t>(b), " is ", length(b),
+                         ", but its row of block_tables has ", width);
+      for (int64_t i = 0; i < length(b); ++i) {
+        const int64_t at = b * stride + i * step;
+        const int64_t slot =
+            wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
+        LMFUSE_CHECK_VALUE(slot >= 0 && slot < all, "block_tables[", static_cast<int64_t>(b), ", ",
+                           i, "] is ", slot, ", but the caches have ", all, " slots");
+        own[b * width + i] = static_cast<int32_t>(slot);
+      }
+    }
+  }
+};
+
+void plan_attention(DecoderCall& c, const Tables& t) {
+  const DecoderLayer& l = c.layers[0];
+  AttentionArgs& a = c.attention;
+  a.dtype = c.type;
+  a.key = l.key_cache;
+  a.value = l.value_cache;
+  a.heads = l.heads;
+  a.kv_heads = l.kv_heads;
+  a.dim = a.value_dim = l.head_dim;
+  a.value_scale = 1.0f;
+  a.window_left = l.window;
+  a.window_right = 0;
+  c.first_slot = t.in_order();
+  a.block = c.first_slot < 0 ? 1 : int64_t{1} << 40;
+  const int64_t in = row_stride(l.columns, c.rows()), out = row_stride(l.attended(), c.rows());
+  a.q_stride_s = in;
+  a.q_stride_h = l.head_stride;
+  a.out_stride_s = out;
+  a.out_stride_h = l.head_dim;
+  for (int64_t b = 0; b < c.batch; ++b) {
+    AttentionSequence s{};
+    s.query = b * c.tokens * in;
+    s.out = b * c.tokens * out;
+    s.q_len = c.tokens;
+    s.kv_len = t.length(b);
+    s.table = c.first_slot < 0 ? t.own.data() + b * t.width : nullptr;
+    c.plan.sequences.push_back(s);
+  }
+  make_units(a, c.plan);
+  a.sequences = c.plan.sequences.data();
+  a.units = c.plan.units.data();
+  c.shares.emplace(a, c.plan);
+  c.cache.from_type = c.type;
+  c.cache.slots = t.slots.data();
+  c.cache.block = 1;
+  c.cache.heads = l.kv_heads;
+}
+
+// How many threads are worth waking: each has at least 256k products.
+int64_t team_size(const DecoderCall& c) {
+  const DecoderLayer& l = c.layers[0];
+  const int64_t weights = c.hidden * (l.columns + 3 * l.inner()) + l.attended() * c.hidden;
+  const int64_t most = weights * static_cast<int64_t>(c.layers.size()) * c.rows() >> 18;
+  return std::min(thread_count(), std::max<int64_t>(most, 1));
+}
+
+// hidden_states [batch, tokens, hidden]; see functional/decoder.py for the others.
+Tensor decoder(Tensor hidden_states, std::vector<Tensor> parameters, Tensor layout, Tensor numbers,
+               std::vector<Tensor> caches, Tensor slots, Tensor block_tables, Tensor cu_seqlens,
+               std::optional<Tensor> cos, std::optional<Tensor> sin) {
+  LMFUSE_CHECK(hidden_states.is_cpu() && hidden_states.dim() == 3 && hidden_states.numel() > 0,
+               "hidden_states must be a CPU tensor [batch, tokens, hidden], and not be empty");
+  if (!hidden_states.is_contiguous()) hidden_states = torch::stable::contiguous(hidden_states);
+  DecoderCall c{};
+  c.batch = hidden_states.size(0);
+  c.tokens = hidden_states.size(1);
+  c.hidden = hidden_states.size(2);
+  c.type = dtype(hidden_states, "hidden_states");
+  c.layers = DecoderReader(parameters, layout, numbers, caches, hidden_states).layers();
+  LMFUSE_CHECK(!c.layers.empty(), "layout describes no layer");
+  const DecoderLayer& first = c.layers[0];
+  bool rotates = false;
+  for (const DecoderLayer& l : c.layers) {
+    check_alike(first, l);
+    rotates = rotates || l.rotary_dim;
+  }
+  std::optional<RopeTable> table;
+  if (rotates) {
+    LMFUSE_CHECK(cos && sin && cos->dim() == 3, "cos and sin must be [batch, tokens, width]");
+    table.emplace(RopeTable{*sin, *cos, {}, 0, true});
+    for (const DecoderLayer& l : c.layers)
+      table->rotary_dim = std::max(table->rotary_dim, l.rotary_dim);
+    c.rope = table->args({c.batch, c.tokens, first.heads, first.head_dim, 0, 0, 0});
+    c.rope.dtype = c.type;
+  }
+  const Tables tables(slots, block_tables, cu_seqlens, c);
+  plan_attention(c, tables);
+  Tensor y = new_like(hidden_states);
+  c.x = rows_matrix(const_cast<void*>(hidden_states.const_data_ptr()), c.type, c.rows(), c.hidden);
+  c.y = rows_matrix(y.mutable_data_ptr(), c.type, c.rows(), c.hidden);
+  const int64_t threads = team_size(c);
+  const Buffers buffers([&](Buffers& b) { carve(b, c, threads); });
+  c.attention.query = c.projected.data;
+  c.attention.out = c.attended.data;
+  together(threads, [&](Worker& w) { DecoderWorker(c, w).run(); });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
+  m.def(
+      "decoder(Tensor hidden_states, Tensor[] parameters, Tensor layout, Tensor numbers,"
+      " Tensor(a!)[] caches, Tensor slots, Tensor block_tables, Tensor cu_seqlens, Tensor? cos,"
+      " Tensor? sin) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) { m.impl("decoder", TORCH_BOX(&decoder)); }
+
+}  // namespace lmfuse

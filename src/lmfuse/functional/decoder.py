@@ -1,0 +1,259 @@
+"""Whole decoder layers in one call, over packed weights and caches.
+
+What a step of a layer stores is rounded once to the dtype of the model, as the functions for the
+single steps round it; sums and activations in between are fp32. A row has the same bits whether it
+is decoded alone, in a batch or as part of a prompt, and whatever the number of threads. Inference
+only: no backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmfuse._library import call, ops, register_fake
+from lmfuse.functional import _check
+from lmfuse.functional.linear import _POSTS
+from lmfuse.functional.packed import PackedWeight
+
+_decoder = ops.decoder.default
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderNorm:
+    """A norm over rows; see `rms_norm` and `layer_norm` for the formulas.
+
+    Attributes:
+        weight: [n].
+        bias: [n], of the dtype of weight, or None.
+        eps: added to the mean square.
+        centered: subtract the mean: layer norm.
+        offset: added to the weight.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    eps: float = 1e-6
+    centered: bool = False
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLinear:
+    """x W^T + bias, with W packed: [n, k]."""
+
+    weight: PackedWeight
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLayer:
+    """What one layer computes, x being its input and A causal attention:
+
+        h = x + c · n2(A(q, k, v) O^T),   q, k, v = rope(nq(n1(x) Q^T)), rope(nk(n1(x) K^T)), n1(x) V^T
+        y = h + c · n4(mlp(n3(h)))        mlp(z) = (f(z G^T) · (z U^T)) D^T, or f(z G^T) D^T
+        y = x + A(q, k, v) O^T + mlp(n3(x)), if it is parallel
+
+    with the biases of the projections. Norms that are None are left out.
+
+    Attributes:
+        heads, kv_heads, head_dim: of attention.
+        query, key, value: their projections. If key and value are None, query gives all three: first
+            all queries, then all keys, then all values; or, if interleaved, one head after the other,
+            each with its query, key and value.
+        output, gate, up, down: O, G, U, D. If up is None and the MLP gated, G gives both halves.
+        gated: which of the two forms the MLP has.
+        activation: f: relu, gelu, gelu_tanh, silu or (not gated) None.
+        attention_input, attention_output, mlp_input, mlp_output: n1, n2, n3, n4.
+        query_norm, key_norm: nq, nk, over each head, or over all heads of a token at once.
+        rotary_dim: how many elements of a head are rotated; 0 for no RoPE.
+        rotary_half: pairs (j, j + rotary_dim/2), else (2j, 2j + 1).
+        scale: of the scores.
+        softcap: s of s·tanh(score / s); 0 for none.
+        window: how many positions a query sees to its left; -1 for all.
+        parallel: attention and MLP read the same x.
+        residual_scale: c.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    query: DecoderLinear
+    key: DecoderLinear | None
+    value: DecoderLinear | None
+    output: DecoderLinear
+    gate: DecoderLinear
+    up: DecoderLinear | None
+    down: DecoderLinear
+    scale: float
+    gated: bool = True
+    activation: str | None = "silu"
+    attention_input: DecoderNorm | None = None
+    query_norm: DecoderNorm | None = None
+    key_norm: DecoderNorm | None = None
+    attention_output: DecoderNorm | None = None
+    mlp_input: DecoderNorm | None = None
+    mlp_output: DecoderNorm | None = None
+    interleaved: bool = False
+    rotary_dim: int = 0
+    rotary_half: bool = True
+    softcap: float = 0.0
+    window: int = -1
+    parallel: bool = False
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderStack:
+    """Layers in the form in which the op reads them; made by `decoder_stack`.
+
+    Attributes:
+        parameters: the packed weights, biases and norms of all layers.
+        layout: int64, a row for each layer, which names its parameters by their place and has its
+            sizes (csrc/ops/decoder_layers.h).
+        numbers: float64, its epsilons and scales.
+    """
+
+    parameters: list[Tensor]
+    layout: Tensor
+    numbers: Tensor
+
+
+def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack:
+    """Describes `layers` for `decoder`. Parameters are not copied: what is written into them counts.
+
+    Raises:
+        TypeError, ValueError: no layer, a weight that is not packed, or an unknown activation.
+    """
+    if not layers:
+        raise ValueError("layers is empty, but must hold at least one layer")
+    parameters: list[Tensor] = []
+    rows = [_row(layer, parameters) for layer in layers]
+    return DecoderStack(
+        parameters,
+        torch.tensor([integers for integers, _ in rows], dtype=torch.int64),
+        torch.tensor([numbers for _, numbers in rows], dtype=torch.float64),
+    )
+
+
+def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list[float]]:
+    """The integers and numbers of a layer; its tensors join `parameters`."""
+
+    def place(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        parameters.append(tensor.detach())
+        return len(parameters) - 1
+
+    integers: list[int] = []
+    numbers: list[float] = []
+    for norm in _norms(layer):
+        kind = 0 if norm is None else 2 if norm.centered else 1
+        integers += (kind, place(norm and norm.weight), place(norm and norm.bias))
+        numbers += (norm.eps, norm.offset) if norm is not None else (0.0, 0.0)
+    for name, linear in _linears(layer):
+        if linear is not None and type(linear.weight) is not PackedWeight:
+            raise TypeError(f"the weight of {name} is not packed; see pack_linear")
+        integers += (
+            (-1, -1) if linear is None else (place(linear.weight.packed), place(linear.bias))
+        )
+    if layer.activation not in _POSTS or _POSTS[layer.activation] > 4:
+        raise ValueError(
+            f"activation is {layer.activation!r}, but must be relu, gelu, gelu_tanh, silu or None"
+        )
+    key, value, step = _columns(layer)
+    flags = layer.parallel + 2 * layer.gated
+    integers += (layer.heads, layer.kv_heads, layer.head_dim, key, value, step)
+    integers += (layer.rotary_dim, int(layer.rotary_half), layer.window, flags)
+    integers.append(_POSTS[layer.activation])
+    numbers += (layer.scale, layer.softcap, layer.residual_scale)
+    return integers, numbers
+
+
+def _norms(layer: DecoderLayer) -> Iterator[DecoderNorm | None]:
+    yield from (layer.attention_input, layer.query_norm, layer.key_norm)
+    yield from (layer.attention_output, layer.mlp_input, layer.mlp_output)
+
+
+def _linears(layer: DecoderLayer) -> Iterator[tuple[str, DecoderLinear | None]]:
+    for name in ("query", "key", "value", "output", "gate", "up", "down"):
+        yield name, getattr(layer, name)
+
+
+def _columns(layer: DecoderLayer) -> tuple[int, int, int]:
+    """Where keys and values begin among the projections, and from head to head."""
+    dim = layer.head_dim
+    if layer.interleaved:
+        return dim, 2 * dim, 3 * dim
+    queries = layer.heads * dim
+    return queries, queries + layer.kv_heads * dim, dim
+
+
+def decoder(
+    hidden_states: Tensor,
+    stack: DecoderStack,
+    caches: Sequence[Tensor],
+    slots: Tensor,
+    block_tables: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    """The layers of `stack`, one after the other; see `DecoderLayer` for what each computes.
+
+    Keys and values of the new tokens are written into the caches, and attention reads them there.
+
+    Args:
+        hidden_states: [batch, tokens, hidden], of the dtype of the weights.
+        stack: from `decoder_stack`. Its layers have equal sizes and one window.
+        caches: for each layer its keys and its values, [kv_heads, slots, head_dim], of the dtype of
+            hidden_states; or int8, followed by their scales, float32 [kv_heads, slots].
+        slots: [batch * tokens], int32 or int64: where the new tokens go, row by row.
+        block_tables: [batch, at least the longest], int32 or int64: the slots of all keys that a row
+            sees, the new ones included, in order.
+        cu_seqlens: [batch + 1], int32 or int64: 0, and after each row the sum of the numbers of its
+            keys. Query i of a row is at position keys - tokens + i, and sees nothing if that is
+            negative (padding on the left).
+        cos, sin: [batch or 1, tokens, width], 2 · width >= rotary_dim; None without RoPE.
+
+    Returns:
+        As hidden_states.
+
+    Raises:
+        ValueError, RuntimeError: sizes or dtypes that do not belong together; nothing is written.
+        RuntimeError: a gradient is asked for.
+    """
+    caches = list(caches)
+    if torch.is_grad_enabled():
+        if hidden_states.requires_grad:
+            raise RuntimeError(
+                "decoder has no backward: lmfuse is for inference. Run the forward under "
+                "torch.no_grad()"
+            )
+        with torch.no_grad():
+            return decoder(hidden_states, stack, caches, slots, block_tables, cu_seqlens, cos, sin)
+    args = (hidden_states, stack.parameters, stack.layout, stack.numbers, caches)
+    result: Tensor = call(
+        _decoder, *args, slots, block_tables, cu_seqlens, cos, sin, check=_check_decoder
+    )
+    return result
+
+
+def _check_decoder(
+    hidden_states: Tensor, parameters: list[Tensor], layout: Tensor, *_: object
+) -> None:
+    _check.tensor("hidden_states", hidden_states)
+    if hidden_states.dim() != 3 or not hidden_states.numel():
+        raise ValueError(
+            f"hidden_states has shape {tuple(hidden_states.shape)}, but must be [batch, tokens, "
+            "hidden], and not empty"
+        )
+
+
+@register_fake("decoder")
+def _(hidden_states: Tensor, *args: object) -> Tensor:
+    _check.tensor("hidden_states", hidden_states)
+    return hidden_states.new_empty(hidden_states.shape)

@@ -8,7 +8,7 @@ tensors, which lmfuse's attention reads through the slots and which any other op
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -277,6 +277,12 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             if arena is not None and arena.shape[1]:
                 arena[:, : slots.numel()] = arena[:, slots]
 
+    def arenas(self) -> list[Tensor]:
+        """Keys and values [kv_heads, slots, dim], and the scales of int8, [kv_heads, slots]."""
+        if self.key_scales is None or self.value_scales is None:
+            return [self.key_arena, self.value_arena]
+        return [self.key_arena, self.value_arena, self.key_scales, self.value_scales]
+
     def _fit(self, slots: int) -> None:
         if self.key_arena.shape[1] == slots:
             return
@@ -361,6 +367,45 @@ class Cache(DynamicCache):
         """Row i of the batch is what was row indices[i]."""
         for layer in self._once():
             layer.batch_select_indices(indices)
+
+    def together(self, indices: Sequence[int]) -> list[Layer] | None:
+        """The layers of these indices, if all can take the next tokens in one call; else None."""
+        if self.layer_class_to_replicate is not None:
+            while len(self.layers) <= max(indices):
+                self.layers.append(self.layer_class_to_replicate())
+        if len(self.layers) <= max(indices):
+            return None
+        found = [self.layers[i] for i in indices]
+        if not all(isinstance(layer, Layer) for layer in found):
+            return None
+        slots = found[0].slots
+        if any(layer.slots is not slots or layer.seen != slots.total for layer in found):
+            return None
+        return found
+
+    @staticmethod
+    def extend(layers: Sequence[Layer], key_states: Tensor, count: int) -> list[Tensor]:
+        """Takes slots for `count` tokens in `layers`, which are together, and makes room there.
+
+        Args:
+            key_states: [batch, kv_heads, any, dim]: of which sort keys and values will be.
+
+        Returns:
+            For each layer its arenas of keys and values, and after them those of their scales.
+            Whoever wrote the new keys and values sets `seen` of each layer to `slots.total`.
+
+        Raises:
+            ValueError: the batch is not that of the tokens before; nothing is changed.
+        """
+        slots = layers[0].slots
+        slots.append(key_states.shape[0], count)
+        arenas: list[Tensor] = []
+        for layer in layers:
+            if not layer.is_initialized:
+                layer.lazy_initialization(key_states, key_states)
+            layer._fit(slots.capacity)
+            arenas += layer.arenas()
+        return arenas
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         new: Cache = type(self).__new__(type(self))

@@ -12,7 +12,7 @@ from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.processors import quickened
 from lmfuse.generation.search import SharesPrompts
 from lmfuse.generation.tuples import TupleCache, placeholders
-from lmfuse.hf import attention, attention_modules, swap
+from lmfuse.hf import attention, attention_modules, decoder, swap
 from lmfuse.hf.inputs import Explains
 from lmfuse.hf.tracing import TakesTuples, forget_graphs
 
@@ -94,6 +94,7 @@ def join(model: nn.Module, done: swap.Report) -> None:
         done.replaced[where] = "attention"
         if isinstance(root, GenerationMixin) and root.can_generate():
             swap.put(root, swap.Swap(swap.subclass(FusedGeneration, type(root)), "generate"))
+    decoder.join(model, done)
 
 
 def leave(model: nn.Module) -> None:

@@ -1,0 +1,307 @@
+"""Decoder layers of transformers models, run whole: see `lmfuse.functional.decoder`.
+
+The list of a model's layers takes a subclass of nn.ModuleList. To the forward of the model that owns
+it, it is one layer, which runs all of them in one op; to everybody else it is the list that it was.
+The op is used while nobody can tell the difference: without hooks, gradients, tracing or outputs
+other than the last, and with our cache. Otherwise the layers run as the modules that they are, and
+each of them still is one op where its own inside is not looked at.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.utils import output_capturing
+
+from lmfuse import functional
+from lmfuse.functional import PackedWeight
+from lmfuse.generation.cache import Cache, Layer
+from lmfuse.hf import attention, swap
+from lmfuse.hf.decoder_form import CACHE, Form, find
+from lmfuse.modules.linear import Linear
+from lmfuse.modules.siblings import SiblingLinear
+
+_RUN = "_lmfuse_run"
+
+# What a layer may be given besides its input: what the op takes, and what is of no consequence.
+_KNOWN = {"attention_mask", "position_embeddings", *CACHE}
+_KNOWN |= {"position_ids", "use_cache", "cache_position"}
+
+# transformers leaves its recorders' hooks in place; they record while a collector asks them to.
+_RECORDER = next(
+    code
+    for code in output_capturing.install_output_capuring_hook.__code__.co_consts
+    if getattr(code, "co_name", None) == "output_capturing_hook"
+)
+
+
+class FusedDecoder(swap.Fused):
+    """A decoder layer that runs as one op where it can."""
+
+    fused_form: Form
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See the forward of the layer itself; where the op does the same, `functional.decoder`."""
+        if not args and not torch.compiler.is_compiling():
+            result = _run_of(self, [self])(hidden_states, kwargs)  # its own hooks see it as ever
+            if result is not None:
+                return result
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_run(super().__reduce__())
+
+
+class FusedStack(swap.Fused, nn.ModuleList):
+    """The decoder layers of a model, which to its forward are one."""
+
+    fused_module: str  # whose functions called forward see one layer
+
+    def __iter__(self) -> Iterator[Any]:
+        if torch.compiler.is_compiling():
+            return super().__iter__()
+        caller = sys._getframe(1)
+        if (
+            caller.f_code.co_name == "forward"
+            and caller.f_globals.get("__name__") == self.fused_module
+        ):
+            return iter((self._as_one,))
+        return super().__iter__()
+
+    def __getitem__(self, idx: Any) -> Any:
+        if isinstance(idx, slice) and idx.indices(len(self)) == (0, len(self), 1):
+            return self  # a model asks for its layers so; a new list would be made at every step
+        return super().__getitem__(idx)
+
+    def _as_one(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layers: list[Any] = list(self._modules.values())
+        if not args:
+            result = _run_of(self, layers)(hidden_states, kwargs)
+            if result is not None:
+                return result
+        for layer in layers:
+            hidden_states = layer(hidden_states, *args, **kwargs)
+        return hidden_states
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_run(super().__reduce__())
+
+
+def _without_run(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    make, arguments, state = reduced
+    return make, arguments, {k: v for k, v in state.items() if k != _RUN}
+
+
+def _run_of(owner: nn.Module, layers: list[Any]) -> _Run:
+    """The run of these layers, made again once they are others or their parts are."""
+    run: _Run | None = vars(owner).get(_RUN)
+    if run is None or not run.current(layers):
+        run = vars(owner)[_RUN] = _Run(layers)
+    return run
+
+
+class _Run:
+    """Some layers as one op; for each call it says whether the op may do what they do."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.forms = [layer.fused_form for layer in layers]
+        modules = [m for layer in layers for m in layer.modules()]
+        if len(layers) == 1:
+            modules.remove(layers[0])  # whose own hooks are called around its forward
+        self.namespaces = [vars(m) for m in modules]
+        self.hooks: list[dict[int, Any]] = [
+            hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        self.parents = [m._modules for m in modules if m._modules]
+        self.children = [dict(m) for m in self.parents]
+        owners = [m._parameters for m in modules if m._parameters]
+        self.parameters = owners
+        self.known = [dict(p) for p in owners]
+        weights = [p["weight"] for p in owners if type(p.get("weight")) is PackedWeight]
+        self.weights, self.packed = weights, [w.packed for w in weights]  # type: ignore[union-attr]
+        self.stack = self._stack()
+        self.dtype = None if self.stack is None else next(layers[0].parameters()).dtype
+
+    def _stack(self) -> functional.DecoderStack | None:
+        """None if a linear layer is not packed, or the parameters have several dtypes."""
+        linears = [m for f, l in zip(self.forms, self.layers, strict=True) for m in f.linears(l)]
+        if any(type(m) not in (Linear, SiblingLinear) for m in linears):
+            return None
+        if any(type(m.weight) is not PackedWeight for m in linears):
+            return None
+        dtypes = {p.dtype for layer in self.layers for p in layer.parameters()}
+        if len(dtypes) != 1 or any(w.rounded for w in self.weights):
+            return None
+        described = [f.described(l) for f, l in zip(self.forms, self.layers, strict=True)]
+        return functional.decoder_stack(described)
+
+    def current(self, layers: list[Any]) -> bool:
+        """Whether the layers, their parts and parameters are those of before."""
+        try:
+            return (
+                all(map(operator.is_, layers, self.layers))
+                and self.parents == self.children
+                and self.parameters == self.known  # compares by identity, unless they differ
+                and all(map(operator.is_, map(_packed, self.weights), self.packed))
+            )
+        except (RuntimeError, AttributeError):  # a tensor compared with another
+            return False
+
+    def __call__(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """The result, or None if the modules have to say it themselves; then nothing has changed."""
+        if not _plain(hidden_states) or hidden_states.dtype is not self.dtype or self._watched():
+            return None
+        form: Form = self.forms[0]
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(form.cache)
+        if any(kwargs[k] not in (None, False) for k in kwargs.keys() - _KNOWN):
+            return None
+        if mask is not None and (mask.dim() != 2 or _window(mask, form) != form.window):
+            return None
+        if form.window == 1 or not isinstance(cache, Cache):
+            return None
+        if (
+            self.layers[0].get_submodule(form.attention).config._attn_implementation
+            != attention.NAME
+        ):
+            return None
+        tables = _tables(form, kwargs.get("position_embeddings"))
+        if tables is None:
+            return None
+        held = cache.together(
+            [
+                getattr(l, f.attention).layer_idx
+                for f, l in zip(self.forms, self.layers, strict=True)
+            ]
+        )
+        if held is None:
+            return None
+        return self._run(hidden_states, mask if attention._hides(mask) else None, held, tables)
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        held: list[Layer],
+        tables: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor | None:
+        form, stack = self.forms[0], self.stack
+        assert stack is not None
+        batch, count, _ = hidden_states.shape
+        like = hidden_states.new_empty((batch, form.kv_heads, 0, form.head_dim))
+        slots = held[0].slots
+        before = slots.total
+        try:
+            arenas = Cache.extend(held, like, count)
+            found = slots.padded(mask, count)
+            if found is None:
+                slots.crop(before)
+                return None
+            result = functional.decoder(
+                hidden_states, stack, arenas, slots.new, found[0], found[2], *tables
+            )
+        except BaseException:
+            slots.crop(before)
+            raise
+        for layer in held:
+            layer.seen = slots.total
+        return result
+
+    def _watched(self) -> bool:
+        """Whether somebody looks at what a part of the layers is given or gives."""
+        if any(map(operator.contains, self.namespaces, repeat("forward"))):
+            return True
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return True
+        return any(self.hooks) and any(map(_acts, filter(None, self.hooks)))
+
+
+_packed = operator.attrgetter("packed")
+
+
+def _acts(hooks: dict[int, Callable[..., Any]]) -> bool:
+    """Whether one of `hooks` is more than an idle recorder of transformers."""
+    return bool(output_capturing._active_collector.get()) or any(
+        getattr(hook, "__code__", None) is not _RECORDER for hook in hooks.values()
+    )
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether x is an ordinary CPU tensor in a forward that nobody differentiates or records."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dim() == 3
+        and x.numel() > 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
+def _window(mask: Tensor, form: Form) -> int | None:
+    """The window of a forward with this mask."""
+    window: int | None = getattr(mask, attention._WINDOW, form.window)
+    return window
+
+
+def _tables(form: Form, given: Any) -> tuple[Tensor | None, Tensor | None] | None:
+    """cos and sin for the op; None if they are not as expected."""
+    if not form.rotary_dim:
+        return (None, None) if given is None else None
+    if not isinstance(given, tuple) or len(given) != 2 or given[0].shape[-1] != form.rotary_dim:
+        return None
+    if form.table_step == 1:
+        return given
+    return given[0][..., :: form.table_step], given[1][..., :: form.table_step]
+
+
+def join(model: nn.Module, done: swap.Report) -> None:
+    """Makes the decoder layers in `model` whose attention is ours run whole."""
+    for name, layers in list(model.named_modules()):
+        if (
+            not isinstance(layers, nn.ModuleList)
+            or isinstance(layers, swap.Fused)
+            or not len(layers)
+        ):
+            continue
+        forms = _forms(model, name, layers, done)
+        if not forms or type(layers) is not nn.ModuleList or len(forms) != len(layers):
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if len({(f.window, f.attention, f.cache) for f in forms}) == 1 and _one_type(parent):
+            module = type(parent).__mro__
+            owner = next(k for k in module if "forward" in vars(k)).__module__
+            swap.put(
+                layers, swap.Swap(swap.subclass(FusedStack, nn.ModuleList, fused_module=owner), "")
+            )
+            done.replaced[name] = "stack of decoder layers"
+
+
+def _forms(model: nn.Module, name: str, layers: nn.ModuleList, done: swap.Report) -> list[Form]:
+    """The forms of those layers that have one; they are swapped."""
+    forms: list[Form] = []
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            found = find(model, f"{name}.{i}", layer)
+            if isinstance(found, Form):
+                kind = swap.subclass(FusedDecoder, type(layer), fused_form=found)
+                swap.put(layer, swap.Swap(kind, "decoder layer"))
+                done.replaced[f"{name}.{i}"] = "decoder layer"
+                forms.append(found)
+            elif found is not None:
+                done.stock[f"{name}.{i}"] = found
+    return forms
+
+
+def _one_type(parent: nn.Module) -> bool:
+    """Whether the forward of `parent` gives all of its layers the same."""
+    config = getattr(parent, "config", None)
+    return len(set(getattr(config, "layer_types", None) or ())) <= 1

@@ -1,0 +1,396 @@
+"""What a decoder layer of transformers computes, found out by its shape and tried on random inputs.
+
+A layer is told apart by the names of its parts and by what its attention asks the attention
+interface for. Whatever that suggests is accepted only if our op, given the same small random
+weights, computes what the layer's own forward computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lmfuse import functional
+from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm, PackedWeight
+from lmfuse.hf import attention, norm, rope, swap
+
+# Under this name the attention interface knows a function that writes down what it is asked for.
+_PROBE = "lmfuse_probe"
+_ASKED = "_lmfuse_asked"
+
+# How the parts are called in transformers.
+_ATTENTION = ("self_attn", "attention", "attn")
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",))
+_OUTPUT = ("o_proj", "out_proj", "dense")
+_MLP = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("gate_up_proj", "down_proj"),
+    ("fc1", "fc2"),
+    ("c_fc", "c_proj"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+)
+_ACT = ("act_fn", "activation_fn", "act")
+_BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm")
+_AFTER_ATTENTION = ("post_attention_layernorm", "final_layer_norm")
+_AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+_QUERY_KEY = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
+CACHE = ("past_key_values", "layer_past")
+
+_ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
+    "relu": nn.functional.relu,
+}
+_ROPES = {
+    "rope (half)": (True, 1),
+    "rope (interleaved)": (False, 1),
+    "rope (interleaved, doubled table)": (False, 2),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """Where the parts of a layer are, and its numbers; see `functional.DecoderLayer`.
+
+    Attributes:
+        projections, output, mlp, norms: dotted names from the layer on. norms are, with None for
+            those that are not there: before attention, of query, of key, after attention, before
+            and after the MLP.
+        cache: how the layer's forward calls its cache.
+        table_step: which columns of the tables of RoPE count: every, or every other.
+    """
+
+    attention: str
+    projections: tuple[str, ...]
+    output: str
+    mlp: tuple[str, ...]
+    norms: tuple[str | None, ...]
+    cache: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    activation: str | None
+    gated: bool
+    scale: float
+    softcap: float
+    window: int | None
+    interleaved: bool = False
+    rotary_dim: int = 0
+    rotary_half: bool = True
+    table_step: int = 1
+    parallel: bool = False
+    residual_scale: float = 1.0
+
+    def linears(self, layer: nn.Module) -> list[nn.Module]:
+        """In the order query, key, value, output, gate, up, down, without those not there."""
+        names = (*self.projections, self.output, *self.mlp)
+        return [layer.get_submodule(name) for name in names]
+
+    def norm_modules(self, layer: nn.Module) -> list[nn.Module | None]:
+        """As `norms`."""
+        return [None if name is None else layer.get_submodule(name) for name in self.norms]
+
+    def described(
+        self, layer: nn.Module, packed: Callable[[Any], PackedWeight] = lambda weight: weight
+    ) -> DecoderLayer:
+        """`layer` for the op; `packed` gives the packed weight of a linear layer."""
+        modules: list[Any] = self.linears(layer)
+        linears = [DecoderLinear(packed(m.weight), m.bias) for m in modules]
+        query, key, value = linears[:3] if len(self.projections) == 3 else (linears[0], None, None)
+        output, *mlp = linears[len(self.projections) :]
+        norms = [None if m is None else described_norm(m) for m in self.norm_modules(layer)]
+        return DecoderLayer(
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            query,
+            key,
+            value,
+            output,
+            mlp[0],
+            mlp[1] if len(mlp) == 3 else None,
+            mlp[-1],
+            self.scale,
+            self.gated,
+            self.activation,
+            *norms,
+            interleaved=self.interleaved,
+            rotary_dim=self.rotary_dim,
+            rotary_half=self.rotary_half,
+            softcap=self.softcap,
+            window=-1 if self.window is None else self.window - 1,
+            parallel=self.parallel,
+            residual_scale=self.residual_scale,
+        )
+
+
+def described_norm(module: nn.Module) -> DecoderNorm:
+    """A norm that `hf.norm` swapped, for the op."""
+    bias: Any = getattr(module, "bias", None)
+    if isinstance(module, norm.FusedLayerNorm):
+        return DecoderNorm(module.weight, bias, module.eps, True)
+    assert isinstance(module, norm.FusedNorm)
+    weight: Any = module.weight
+    eps: float = getattr(module, module.fused_eps)
+    return DecoderNorm(weight, bias, eps, module.fused_centered, module.fused_offset)
+
+
+def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
+    """The form of `layer`, the reason why it has none, or None if it is no decoder layer at all."""
+    attn_name = next((a for a in _ATTENTION if a in layer._modules), None)
+    attn = layer._modules.get(attn_name or "")
+    if attn_name is None or not hasattr(attn, "layer_idx") or not hasattr(attn, "config"):
+        return None
+    assert attn is not None
+    if getattr(attn.config, "_attn_implementation", None) != attention.NAME:
+        return None
+    if any("forward" in vars(m) for m in layer.modules()):
+        return "the forward of one of its parts is replaced on the instance"
+    try:
+        parts = _parts(layer, attn_name, attn)
+    except _Unknown as reason:
+        return str(reason)
+    tables = rope._tables(model, f"{name}.{attn_name}")
+    if isinstance(attn, rope.FusedRope) and not tables:
+        return "no table of its RoPE was found"
+    small = _small(layer, parts)
+    x = swap.random(swap.generator(), 1, 6, _HIDDEN)
+    try:
+        expected = _run(small, parts, x, tables)
+    except Exception as error:  # it is foreign code
+        return f"its forward refused a test input: {error}"
+    asked = vars(small.get_submodule(attn_name)).get(_ASKED)
+    if asked is None or not isinstance(expected, Tensor):
+        return "its attention does not go through transformers' AttentionInterface"
+    for form in _candidates(parts, attn, asked, tables):
+        if _agrees(form, small, x, expected, tables):
+            return form
+    return "it computes something else than the decoder op"
+
+
+class _Unknown(Exception):
+    pass
+
+
+def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
+    """A form with all names, but without numbers.
+
+    Raises:
+        _Unknown: there is a part that no name says what to do with.
+    """
+    projections = _first(attn, _PROJECTIONS, "no projections of a known name")
+    output = _first(attn, [(n,) for n in _OUTPUT], "no output projection of a known name")
+    inner = "mlp." if "mlp" in layer._modules else ""
+    owner = layer.get_submodule("mlp") if inner else layer
+    mlp = _first(owner, _MLP, "no MLP of a known form")
+    around = [n if _is_norm(layer, n) else None for n in _AROUND_MLP]
+    after = next((n for n in _AFTER_ATTENTION if _is_norm(layer, n)), None)
+    before = next((n for n in _BEFORE_ATTENTION if _is_norm(layer, n)), None)
+    if any(around):
+        norms: list[str | None] = [before, after, *around]
+    else:
+        norms = [before, None, after or before, None]
+    pair = next((p for p in _QUERY_KEY if all(_is_norm(attn, n) for n in p)), None)
+    heads = [f"{attn_name}.{n}" for n in pair] if pair else [None, None]
+    act = next((getattr(owner, a) for a in _ACT if hasattr(owner, a)), None)
+    parameters = inspect.signature(type(layer).forward).parameters
+    found = Form(
+        attn_name,
+        tuple(f"{attn_name}.{n}" for n in projections),
+        f"{attn_name}.{output[0]}",
+        tuple(inner + n for n in mlp),
+        (norms[0], *heads, *norms[1:]),
+        next((c for c in CACHE if c in parameters), CACHE[0]),
+        heads=0,
+        kv_heads=0,
+        head_dim=0,
+        activation=_activation(act),
+        gated=len(mlp) == 3 or mlp[0] == "gate_up_proj",
+        scale=0.0,
+        softcap=0.0,
+        window=None,
+        parallel=not any(around) and after is None,
+        residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
+    )
+    _check_complete(layer, found)
+    return found
+
+
+def _first(owner: nn.Module, names: Any, otherwise: str) -> tuple[str, ...]:
+    for each in names:
+        if all(isinstance(owner._modules.get(n), nn.Linear) for n in each):
+            return tuple(each)
+    raise _Unknown(f"it has {otherwise}")
+
+
+def _is_norm(owner: nn.Module, name: str) -> bool:
+    return owner._modules.get(name) is not None
+
+
+def _activation(act: Any) -> str | None:
+    x = torch.linspace(-4, 4, 64)
+    try:
+        y = act(x)
+    except Exception:  # it is foreign code
+        raise _Unknown("its activation refused a test input") from None
+    for name, function in _ACTIVATIONS.items():
+        if isinstance(y, Tensor) and swap.agrees(y, function, x):
+            return name
+    raise _Unknown("its activation is none of silu, gelu, gelu_tanh and relu")
+
+
+def _check_complete(layer: nn.Module, form: Form) -> None:
+    """All parameters and buffers of `layer` belong to a part, and all norms were recognised."""
+    parts = [*form.linears(layer), *(m for m in form.norm_modules(layer) if m is not None)]
+    for module in form.norm_modules(layer):
+        if module is None:
+            continue
+        if not isinstance(module, (norm.FusedNorm, norm.FusedLayerNorm)):
+            raise _Unknown("it has a norm that was not recognised")
+        if module.weight is None or module.weight.dim() != 1:
+            raise _Unknown("it has a norm without a weight, or with one for each head")
+    known = {id(p) for m in parts for p in m.parameters()}
+    if any(id(p) not in known for p in layer.parameters()) or list(layer.buffers()):
+        raise _Unknown("it has parameters besides those of its projections, norms and MLP")
+
+
+_HIDDEN, _INNER = 8, 12
+
+
+def _small(layer: nn.Module, form: Form) -> nn.Module:
+    """A copy with few hidden features and random weights, whose forwards are the stock ones (but for
+    norms, which `hf.norm` has tried)."""
+    random = swap.generator()
+    count = len(form.projections)
+    sizes: dict[int, tuple[int | None, int | None]] = {}  # out, in; None: as it is
+    for i, linear in enumerate(form.linears(layer)):
+        if i < count:
+            sizes[id(linear)] = None, _HIDDEN
+        elif i == count:
+            sizes[id(linear)] = _HIDDEN, None
+        elif i == count + len(form.mlp):
+            sizes[id(linear)] = _HIDDEN, _INNER
+        else:
+            halves = 2 if form.mlp[0].endswith("gate_up_proj") else 1
+            sizes[id(linear)] = halves * _INNER, _HIDDEN
+    norms = form.norm_modules(layer)
+    norm_ids, over_heads = {id(m) for m in norms}, {id(m) for m in norms[1:3]}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) in sizes:
+            return _random_linear(random, module, *sizes[id(module)])
+        new = swap.copied(module, _modules={})
+        if isinstance(new, swap.Fused) and id(module) not in norm_ids:
+            new.__class__ = type(new).fused_stock  # type: ignore[assignment]
+        if module._parameters:
+            n = None if id(module) in over_heads else _HIDDEN
+            new.__dict__["_parameters"] = {
+                k: None if p is None else nn.Parameter(swap.random(random, n or p.numel()))
+                for k, p in module._parameters.items()
+            }
+            if hasattr(module, "normalized_shape"):
+                new.__dict__["normalized_shape"] = tuple(new.weight.shape)  # type: ignore
+        for name, child in module._modules.items():
+            new._modules[name] = None if child is None else copied(child)
+        if module is layer.get_submodule(form.attention):
+            config = copy.copy(module.config)
+            vars(config)["_attn_implementation_internal"] = _PROBE
+            new.__dict__["config"] = config
+        return new
+
+    return copied(layer)
+
+
+def _random_linear(
+    random: torch.Generator, like: Any, out: int | None, inputs: int | None
+) -> nn.Linear:
+    out, inputs = out or like.out_features, inputs or like.in_features
+    biased = like.bias is not None
+    linear = nn.Linear(inputs, out, bias=biased, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        linear.weight.copy_(swap.random(random, out, inputs) * inputs**-0.5)
+        if biased:
+            linear.bias.copy_(swap.random(random, out))
+    return linear
+
+
+def _probed(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What the attention interface calls for small copies."""
+    vars(module)[_ASKED] = (query.shape, key.shape, kwargs)
+    return attention.attention(module, query, key, *args, **kwargs)
+
+
+def _run(small: nn.Module, form: Form, x: Tensor, tables: list[tuple[Tensor, Tensor]]) -> Any:
+    transformers.AttentionInterface.register(_PROBE, _probed)
+    kwargs: dict[str, Any] = {"attention_mask": None, form.cache: None}
+    if tables:
+        kwargs["position_embeddings"] = tables[0]
+    kwargs["position_ids"] = torch.arange(x.shape[1]).unsqueeze(0)
+    return small.forward(x, **kwargs)
+
+
+def _candidates(
+    parts: Form, attn: nn.Module, asked: Any, tables: list[tuple[Tensor, Tensor]]
+) -> Iterator[Form]:
+    query, key, options = asked
+    if options.get("s_aux") is not None or options.get("position_bias") is not None:
+        return
+    dim: int = query[3]
+    scale = options.get("scaling")
+    form = replace(
+        parts,
+        heads=query[1],
+        kv_heads=key[1],
+        head_dim=dim,
+        scale=dim**-0.5 if scale is None else float(scale),
+        softcap=float(options.get("softcap") or 0.0),
+        window=options.get("sliding_window"),
+        interleaved=len(parts.projections) == 1,
+    )
+    if isinstance(attn, rope.FusedRope):
+        if attn.fused_form not in _ROPES:
+            return
+        half, step = _ROPES[attn.fused_form]
+        form = replace(form, rotary_dim=tables[0][0].shape[-1], rotary_half=half, table_step=step)
+    own = float(getattr(attn, "scaling", 1.0))
+    for scale in dict.fromkeys((form.scale, form.scale * own)):  # OPT scales queries itself
+        for parallel in dict.fromkeys((form.parallel, not form.parallel)):
+            if parallel and (form.norms[3] or form.norms[5] or form.residual_scale != 1.0):
+                continue
+            candidate = replace(form, scale=scale, parallel=parallel)
+            yield candidate
+            if len(form.projections) == 1:
+                yield replace(candidate, interleaved=False)
+
+
+def _agrees(
+    form: Form, small: nn.Module, x: Tensor, expected: Tensor, tables: list[tuple[Tensor, Tensor]]
+) -> bool:
+    """Whether the op gives the same, the prompt in two pieces."""
+    with torch.no_grad():
+        stack = functional.decoder_stack([form.described(small, functional.pack_linear)])
+        tokens = x.shape[1]
+        caches = [torch.zeros(form.kv_heads, tokens, form.head_dim) for _ in range(2)]
+        slots = torch.arange(tokens)
+        cos, sin = tables[0] if form.rotary_dim else (None, None)
+
+        def op(x: Tensor) -> Tensor:
+            pieces = []
+            for begin, end in ((0, tokens - 2), (tokens - 2, tokens)):
+                angles = (
+                    None if t is None else t[:, begin:end, :: form.table_step] for t in (cos, sin)
+                )
+                lengths = torch.tensor([0, end])
+                args = (x[:, begin:end], stack, caches, slots[begin:end], slots[None], lengths)
+                pieces.append(functional.decoder(*args, *angles))
+            return torch.cat(pieces, 1)
+
+        return swap.agrees(expected, op, x)

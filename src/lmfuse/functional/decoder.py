@@ -145,7 +145,7 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
     def place(tensor: Tensor | None) -> int:
         if tensor is None:
             return -1
-        parameters.append(tensor.detach())
+        parameters.append(tensor)
         return len(parameters) - 1
 
     integers: list[int] = []

@@ -115,14 +115,7 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, _, count, _ = key_states.shape
-        if self.seen == self.slots.total:
-            self.slots.append(batch, count)
-        if self.slots.total != self.seen + count or batch != self.slots.batch:
-            raise ValueError(
-                f"this layer has seen {self.seen} tokens and is given {count} for a batch of "
-                f"{batch}, but others of its cache have seen {self.slots.total} of "
-                f"{self.slots.batch}: a forward was cut short; reset the cache"
-            )
+        self.take_slots(batch, count)
         self.seen = self.slots.total
         self._fit(self.slots.capacity)
         run = None if self.stored else self.slots.run(self.slots.visible)
@@ -277,6 +270,21 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             if arena is not None and arena.shape[1]:
                 arena[:, : slots.numel()] = arena[:, slots]
 
+    def take_slots(self, batch: int, count: int) -> None:
+        """Slots for more tokens, unless another layer that shares them has done so.
+
+        Raises:
+            ValueError: the batch, or the number of tokens, is not that of the other layers.
+        """
+        if self.seen == self.slots.total:
+            self.slots.append(batch, count)
+        if self.slots.total != self.seen + count or batch != self.slots.batch:
+            raise ValueError(
+                f"this layer has seen {self.seen} tokens and is given {count} for a batch of "
+                f"{batch}, but others of its cache have seen {self.slots.total} of "
+                f"{self.slots.batch}: a forward was cut short; reset the cache"
+            )
+
     def arenas(self) -> list[Tensor]:
         """Keys and values [kv_heads, slots, dim], and the scales of int8, [kv_heads, slots]."""
         if self.key_scales is None or self.value_scales is None:
@@ -370,18 +378,16 @@ class Cache(DynamicCache):
 
     def together(self, indices: Sequence[int]) -> list[Layer] | None:
         """The layers of these indices, if all can take the next tokens in one call; else None."""
+        last = max(indices)
         if self.layer_class_to_replicate is not None:
-            while len(self.layers) <= max(indices):
+            while len(self.layers) <= last:
                 self.layers.append(self.layer_class_to_replicate())
-        if len(self.layers) <= max(indices):
+        found = [self.layers[i] for i in indices] if last < len(self.layers) else []
+        if not found or not all(isinstance(layer, Layer) for layer in found):
             return None
-        found = [self.layers[i] for i in indices]
-        if not all(isinstance(layer, Layer) for layer in found):
-            return None
-        slots = found[0].slots
-        if any(layer.slots is not slots or layer.seen != slots.total for layer in found):
-            return None
-        return found
+        slots, seen = found[0].slots, found[0].seen
+        alike = all(layer.slots is slots and layer.seen == seen for layer in found)
+        return found if alike else None
 
     @staticmethod
     def extend(layers: Sequence[Layer], key_states: Tensor, count: int) -> list[Tensor]:
@@ -397,13 +403,12 @@ class Cache(DynamicCache):
         Raises:
             ValueError: the batch is not that of the tokens before; nothing is changed.
         """
-        slots = layers[0].slots
-        slots.append(key_states.shape[0], count)
+        layers[0].take_slots(key_states.shape[0], count)
         arenas: list[Tensor] = []
         for layer in layers:
             if not layer.is_initialized:
                 layer.lazy_initialization(key_states, key_states)
-            layer._fit(slots.capacity)
+            layer._fit(layer.slots.capacity)
             arenas += layer.arenas()
         return arenas
 

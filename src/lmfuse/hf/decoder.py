@@ -112,7 +112,9 @@ class _Run:
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
-        self.forms = [layer.fused_form for layer in layers]
+        self.forms: list[Form] = [layer.fused_form for layer in layers]
+        # That which says all that the layers of one call have in common.
+        self.form = next((f for f in self.forms if f.rotary_dim), self.forms[0])
         modules = [m for layer in layers for m in layer.modules()]
         if len(layers) == 1:
             modules.remove(layers[0])  # whose own hooks are called around its forward
@@ -159,7 +161,7 @@ class _Run:
         """The result, or None if the modules have to say it themselves; then nothing has changed."""
         if not _plain(hidden_states) or hidden_states.dtype is not self.dtype or self._watched():
             return None
-        form: Form = self.forms[0]
+        form = self.form
         mask, cache = kwargs.get("attention_mask"), kwargs.get(form.cache)
         if any(kwargs[k] not in (None, False) for k in kwargs.keys() - _KNOWN):
             return None
@@ -192,7 +194,7 @@ class _Run:
         held: list[Layer],
         tables: tuple[Tensor | None, Tensor | None],
     ) -> Tensor | None:
-        form, stack = self.forms[0], self.stack
+        form, stack = self.form, self.stack
         assert stack is not None
         batch, count, _ = hidden_states.shape
         like = hidden_states.new_empty((batch, form.kv_heads, 0, form.head_dim))
@@ -202,8 +204,7 @@ class _Run:
             arenas = Cache.extend(held, like, count)
             found = slots.padded(mask, count)
             if found is None:
-                slots.crop(before)
-                return None
+                return None  # the slots wait for the modules
             result = functional.decoder(
                 hidden_states, stack, arenas, slots.new, found[0], found[2], *tables
             )
@@ -255,7 +256,7 @@ def _window(mask: Tensor, form: Form) -> int | None:
 def _tables(form: Form, given: Any) -> tuple[Tensor | None, Tensor | None] | None:
     """cos and sin for the op; None if they are not as expected."""
     if not form.rotary_dim:
-        return (None, None) if given is None else None
+        return None, None
     if not isinstance(given, tuple) or len(given) != 2 or given[0].shape[-1] != form.rotary_dim:
         return None
     if form.table_step == 1:
@@ -276,7 +277,7 @@ def join(model: nn.Module, done: swap.Report) -> None:
         if not forms or type(layers) is not nn.ModuleList or len(forms) != len(layers):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
-        if len({(f.window, f.attention, f.cache) for f in forms}) == 1 and _one_type(parent):
+        if _one_type(parent, forms):
             module = type(parent).__mro__
             owner = next(k for k in module if "forward" in vars(k)).__module__
             swap.put(
@@ -301,7 +302,11 @@ def _forms(model: nn.Module, name: str, layers: nn.ModuleList, done: swap.Report
     return forms
 
 
-def _one_type(parent: nn.Module) -> bool:
-    """Whether the forward of `parent` gives all of its layers the same."""
+def _one_type(parent: nn.Module, forms: list[Form]) -> bool:
+    """Whether the forward of `parent` gives all of its layers the same, and they use the same."""
     config = getattr(parent, "config", None)
-    return len(set(getattr(config, "layer_types", None) or ())) <= 1
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return False
+    shared = {(f.window, f.attention, f.cache, f.parallel, f.gated) for f in forms}
+    turned = {(f.rotary_dim, f.table_step) for f in forms if f.rotary_dim}
+    return len(shared) == 1 and len(turned) <= 1

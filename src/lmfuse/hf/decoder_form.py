@@ -353,7 +353,6 @@ def _candidates(
         scale=dim**-0.5 if scale is None else float(scale),
         softcap=float(options.get("softcap") or 0.0),
         window=options.get("sliding_window"),
-        interleaved=len(parts.projections) == 1,
     )
     if isinstance(attn, rope.FusedRope):
         if attn.fused_form not in _ROPES:
@@ -365,10 +364,16 @@ def _candidates(
         for parallel in dict.fromkeys((form.parallel, not form.parallel)):
             if parallel and (form.norms[3] or form.norms[5] or form.residual_scale != 1.0):
                 continue
-            candidate = replace(form, scale=scale, parallel=parallel)
-            yield candidate
-            if len(form.projections) == 1:
-                yield replace(candidate, interleaved=False)
+            one = len(form.projections) == 1
+            for interleaved in (True, False) if one else (False,):
+                for turned in dict.fromkeys((form.rotary_dim, 0)):  # some leave out RoPE here
+                    yield replace(
+                        form,
+                        scale=scale,
+                        parallel=parallel,
+                        interleaved=interleaved,
+                        rotary_dim=turned,
+                    )
 
 
 def _agrees(

@@ -32,14 +32,6 @@ class Buffers {
   std::optional<Tensor> memory_;
 };
 
-// Equal in all that the activations and the plan of attention depend on.
-void check_alike(const DecoderLayer& a, const DecoderLayer& b) {
-  LMFUSE_CHECK_VALUE(a.heads == b.heads && a.kv_heads == b.kv_heads && a.head_dim == b.head_dim &&
-                         a.columns == b.columns && a.inner() == b.inner() && a.window == b.window &&
-                         a.gated == b.gated && a.parallel == b.parallel,
-                     "the layers of one call must have the same sizes, window and form");
-}
-
 Matrix rows_matrix(void* data, DType type, int64_t rows, int64_t stride) {
   Matrix m{data, type, {}};
   m.rows.dims = 1;
@@ -107,10 +99,9 @@ struct Tables {
   std::vector<int32_t> own;
   int64_t width;
 
-  Tables(const Tensor& new_slots, const Tensor& tables, const Tensor& cu_lens, const DecoderCall& c)
+  Tables(const Tensor& new_slots, const Tensor& tables, const Tensor& cu_lens, const DecoderCall& c,
+         int64_t all)
       : slots(integers(new_slots, "slots")), first(integers(cu_lens, "cu_seqlens")) {
-    int64_t all = c.layers[0].slots;
-    for (const DecoderLayer& l : c.layers) all = std::min(all, l.slots);
     LMFUSE_CHECK_VALUE(static_cast<int64_t>(slots.size()) == c.rows(), "slots has ",
                        static_cast<int64_t>(slots.size()), " elements for ", c.rows(), " tokens");
     for (int64_t slot : slots)
@@ -162,8 +153,8 @@ void plan_attention(DecoderCall& c, const Tables& t) {
   const DecoderLayer& l = c.layers[0];
   AttentionArgs& a = c.attention;
   a.dtype = c.type;
-  a.key = l.key_cache;
-  a.value = l.value_cache;
+  a.key = c.caches[0].key;
+  a.value = c.caches[0].value;
   a.heads = l.heads;
   a.kv_heads = l.kv_heads;
   a.dim = a.value_dim = l.head_dim;
@@ -204,26 +195,33 @@ int64_t team_size(const DecoderCall& c) {
   return std::min(thread_count(), std::max<int64_t>(most, 1));
 }
 
+// The number of a stack that lives until it is closed.
+int64_t decoder_open(std::vector<Tensor> parameters, Tensor layout, Tensor numbers) {
+  return DecoderStack::keep(std::make_shared<DecoderStack>(std::move(parameters), layout, numbers));
+}
+
+void decoder_close(int64_t stack) { DecoderStack::forget(stack); }
+
 // hidden_states [batch, tokens, hidden]; see functional/decoder.py for the others.
-Tensor decoder(Tensor hidden_states, std::vector<Tensor> parameters, Tensor layout, Tensor numbers,
-               std::vector<Tensor> caches, Tensor slots, Tensor block_tables, Tensor cu_seqlens,
-               std::optional<Tensor> cos, std::optional<Tensor> sin) {
+Tensor decoder(Tensor hidden_states, int64_t stack, std::vector<Tensor> caches, Tensor slots,
+               Tensor block_tables, Tensor cu_seqlens, std::optional<Tensor> cos,
+               std::optional<Tensor> sin) {
   LMFUSE_CHECK(hidden_states.is_cpu() && hidden_states.dim() == 3 && hidden_states.numel() > 0,
                "hidden_states must be a CPU tensor [batch, tokens, hidden], and not be empty");
   if (!hidden_states.is_contiguous()) hidden_states = torch::stable::contiguous(hidden_states);
-  DecoderCall c{};
+  const std::shared_ptr<const DecoderStack> known = DecoderStack::find(stack);
+  const DecoderCaches arenas(caches, known->layers());
+  const DecoderLayer& first = known->layers()[0];
+  DecoderCall c{known->layers(), arenas.layers};
   c.batch = hidden_states.size(0);
   c.tokens = hidden_states.size(1);
   c.hidden = hidden_states.size(2);
   c.type = dtype(hidden_states, "hidden_states");
-  c.layers = DecoderReader(parameters, layout, numbers, caches, hidden_states).layers();
-  LMFUSE_CHECK(!c.layers.empty(), "layout describes no layer");
-  const DecoderLayer& first = c.layers[0];
+  LMFUSE_CHECK_VALUE(c.hidden == first.hidden() && c.type == first.type(),
+                     "hidden_states must have ", first.hidden(),
+                     " features, and the dtype of the weights");
   bool rotates = false;
-  for (const DecoderLayer& l : c.layers) {
-    check_alike(first, l);
-    rotates = rotates || l.rotary_dim;
-  }
+  for (const DecoderLayer& l : c.layers) rotates = rotates || l.rotary_dim;
   std::optional<RopeTable> table;
   if (rotates) {
     LMFUSE_CHECK(cos && sin && cos->dim() == 3, "cos and sin must be [batch, tokens, width]");
@@ -233,7 +231,7 @@ Tensor decoder(Tensor hidden_states, std::vector<Tensor> parameters, Tensor layo
     c.rope = table->args({c.batch, c.tokens, first.heads, first.head_dim, 0, 0, 0});
     c.rope.dtype = c.type;
   }
-  const Tables tables(slots, block_tables, cu_seqlens, c);
+  const Tables tables(slots, block_tables, cu_seqlens, c, arenas.slots);
   plan_attention(c, tables);
   Tensor y = new_like(hidden_states);
   c.x = rows_matrix(const_cast<void*>(hidden_states.const_data_ptr()), c.type, c.rows(), c.hidden);
@@ -249,12 +247,21 @@ Tensor decoder(Tensor hidden_states, std::vector<Tensor> parameters, Tensor layo
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
+  m.def("decoder_open(Tensor[] parameters, Tensor layout, Tensor numbers) -> int");
+  m.def("decoder_close(int stack) -> ()");
   m.def(
-      "decoder(Tensor hidden_states, Tensor[] parameters, Tensor layout, Tensor numbers,"
-      " Tensor(a!)[] caches, Tensor slots, Tensor block_tables, Tensor cu_seqlens, Tensor? cos,"
-      " Tensor? sin) -> Tensor");
+      "decoder(Tensor hidden_states, int stack, Tensor(a!)[] caches, Tensor slots,"
+      " Tensor block_tables, Tensor cu_seqlens, Tensor? cos, Tensor? sin) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) { m.impl("decoder", TORCH_BOX(&decoder)); }
+STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) {
+  m.impl("decoder_open", TORCH_BOX(&decoder_open));
+  m.impl("decoder", TORCH_BOX(&decoder));
+}
+
+// No tensor tells this which device it belongs to.
+STABLE_TORCH_LIBRARY_IMPL(lmfuse, CompositeExplicitAutograd, m) {
+  m.impl("decoder_close", TORCH_BOX(&decoder_close));
+}
 
 }  // namespace lmfuse

@@ -4,6 +4,9 @@
 // others.
 #pragma once
 
+#include <memory>
+#include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "kv.h"
@@ -35,46 +38,33 @@ struct DecoderLayer {
   PostOp activation;
   int64_t window;  // how far a query sees to the left
   float scale, softcap, residual_scale;
-  KvSource key_cache, value_cache;
-  int64_t slots;  // of the caches
 
+  DType type() const { return query.weight.dtype; }
+  int64_t hidden() const { return query.weight.k; }
   int64_t attended() const { return heads * head_dim; }
   int64_t inner() const { return down.weight.k; }
 };
 
+// Reads the rows of layout and numbers. The parameters are looked at, and not kept.
 class DecoderReader {
  public:
-  DecoderReader(const std::vector<Tensor>& parameters, const Tensor& layout, const Tensor& numbers,
-                const std::vector<Tensor>& caches, const Tensor& x)
-      : parameters_(parameters),
-        caches_(caches),
-        hidden_(x.size(x.dim() - 1)),
-        type_(dtype(x, "x")) {
-    LMFUSE_CHECK(layout.is_cpu() && layout.dim() == 2 && layout.is_contiguous() &&
-                     layout.scalar_type() == ScalarType::Long && layout.size(1) == kIntegers,
-                 "layout must be a contiguous CPU tensor of int64, [layers, ", kIntegers, "]");
-    LMFUSE_CHECK(numbers.is_cpu() && numbers.dim() == 2 && numbers.is_contiguous() &&
-                     numbers.scalar_type() == ScalarType::Double &&
-                     numbers.size(0) == layout.size(0) && numbers.size(1) == kNumbers,
-                 "numbers must be a contiguous CPU tensor of float64, [layers, ", kNumbers, "]");
-    integer_ = static_cast<const int64_t*>(layout.const_data_ptr());
-    number_ = static_cast<const double*>(numbers.const_data_ptr());
-    count_ = layout.size(0);
-    per_layer_ = count_ ? static_cast<int64_t>(caches.size()) / count_ : 0;
-    LMFUSE_CHECK((per_layer_ == 2 || per_layer_ == 4) &&
-                     static_cast<int64_t>(caches.size()) == count_ * per_layer_,
-                 "caches must be two tensors for each layer, or four with the scales of int8");
-  }
+  explicit DecoderReader(const std::vector<Tensor>& parameters) : parameters_(parameters) {}
 
-  std::vector<DecoderLayer> layers() {
-    std::vector<DecoderLayer> all(count_);
-    for (int64_t i = 0; i < count_; ++i) read(all[i], i);
+  std::vector<DecoderLayer> layers(const std::vector<int64_t>& layout,
+                                   const std::vector<double>& numbers) {
+    integer_ = layout.data();
+    number_ = numbers.data();
+    std::vector<DecoderLayer> all(layout.size() / kIntegers);
+    for (DecoderLayer& l : all) {
+      read(l);
+      alike(all[0], l);
+    }
     return all;
   }
 
- private:
   static constexpr int64_t kIntegers = 6 * 3 + 7 * 2 + 11, kNumbers = 6 * 2 + 3;
 
+ private:
   int64_t integer(int64_t least, int64_t most, const char* name) {
     const int64_t value = *integer_++;
     LMFUSE_CHECK_VALUE(value >= least && value <= most, "the layout says ", name, " is ", value,
@@ -117,7 +107,6 @@ class DecoderReader {
     const Tensor* t = parameter(name);
     if (t) {
       l.weight = open(*t, name);
-      LMFUSE_CHECK_VALUE(l.weight.dtype == type_, name, " must have the dtype of hidden_states");
     }
     int64_t size = l.weight.n;
     l.bias = vector(name, size);
@@ -134,7 +123,7 @@ class DecoderReader {
                        " elements, but must have ", size);
   }
 
-  void read(DecoderLayer& l, int64_t i) {
+  void read(DecoderLayer& l) {
     constexpr int64_t kMost = int64_t{1} << 31;
     l.attention_input = norm("the norm before attention");
     l.query_norm = norm("the norm of queries");
@@ -167,13 +156,18 @@ class DecoderReader {
     l.softcap = number();
     l.residual_scale = number();
     check(l);
-    cache(l, i);
   }
 
   void check(DecoderLayer& l) {
     LMFUSE_CHECK_VALUE(l.heads % l.kv_heads == 0, "there are ", l.heads, " heads, which ",
                        l.kv_heads, " KV heads do not divide");
     LMFUSE_CHECK_VALUE(l.rotary_dim % 2 == 0, "rotary_dim is ", l.rotary_dim, ", but must be even");
+    LMFUSE_CHECK(l.query.weight.n && l.output.weight.n && l.gate.weight.n && l.down.weight.n,
+                 "query, output, gate and down must be given");
+    const int64_t hidden = l.hidden();
+    for (const DecoderLinear* p : {&l.key, &l.value, &l.output, &l.gate, &l.up, &l.down})
+      LMFUSE_CHECK_VALUE(!p->weight.n || p->weight.dtype == l.type(),
+                         "the weights of a layer must have one dtype");
     l.columns = l.query.weight.n + l.key.weight.n + l.value.weight.n;
     const int64_t span = (l.kv_heads - 1) * l.head_stride + l.head_dim;
     LMFUSE_CHECK_VALUE((l.heads - 1) * l.head_stride + l.head_dim <= l.columns &&
@@ -181,20 +175,19 @@ class DecoderReader {
                        "the projections give ", l.columns, " columns, which do not hold ", l.heads,
                        " queries and ", l.kv_heads, " keys and values of ", l.head_dim);
     for (const DecoderLinear* p : {&l.query, &l.key, &l.value})
-      if (p->weight.n || p == &l.query) fits(*p, p->weight.n, hidden_, "a projection");
-    LMFUSE_CHECK(l.query.weight.n && l.gate.weight.n && l.down.weight.n,
-                 "query, gate and down must be given");
-    fits(l.output, hidden_, l.attended(), "output");
+      if (p->weight.n) fits(*p, p->weight.n, hidden, "a projection");
+    fits(l.output, hidden, l.attended(), "output");
+    fits(l.down, hidden, l.inner(), "down");
     const int64_t inner = l.inner();
-    fits(l.gate, l.gated && !l.up.weight.n ? 2 * inner : inner, hidden_, "gate");
-    if (l.up.weight.n) fits(l.up, inner, hidden_, "up");
+    fits(l.gate, l.gated && !l.up.weight.n ? 2 * inner : inner, hidden, "gate");
+    if (l.up.weight.n) fits(l.up, inner, hidden, "up");
     LMFUSE_CHECK(l.gated || !l.up.weight.n, "up is given, but the MLP is not gated");
     LMFUSE_CHECK(!l.gated || l.activation == PostOp::silu || l.activation == PostOp::gelu_erf ||
                      l.activation == PostOp::gelu_tanh,
                  "the activation of a gated MLP must be silu or gelu");
     for (const DecoderNorm* n :
          {&l.attention_input, &l.attention_output, &l.mlp_input, &l.mlp_output})
-      fits(*n, hidden_, "a norm");
+      fits(*n, hidden, "a norm");
     fits_heads(l.query_norm, l, l.heads);
     fits_heads(l.key_norm, l, l.kv_heads);
     LMFUSE_CHECK(
@@ -211,34 +204,138 @@ class DecoderReader {
                        l.head_dim, " or ", heads * l.head_dim);
   }
 
-  // Caches [kv_heads, slots, head_dim], scales [kv_heads, slots].
-  void cache(DecoderLayer& l, int64_t i) {
-    const Tensor* t = &caches_[i * per_layer_];
-    const auto side = [&](const Tensor& arena, const Tensor* scales, const char* name) {
-      LMFUSE_CHECK(arena.is_cpu() && arena.dim() == 3 && arena.size(0) == l.kv_heads &&
-                       arena.size(2) == l.head_dim && (l.head_dim == 1 || arena.stride(2) == 1),
-                   name, " must be a CPU tensor [", l.kv_heads, ", slots, ", l.head_dim, "]");
-      std::optional<Tensor> of_int8;
-      if (scales) of_int8 = *scales;
-      return kv_source(arena, of_int8, {1, 1, 0}, name);
-    };
-    l.key_cache = side(t[0], per_layer_ == 4 ? t + 2 : nullptr, "a key cache");
-    l.value_cache = side(t[1], per_layer_ == 4 ? t + 3 : nullptr, "a value cache");
-    l.slots = t[0].size(1);
-    LMFUSE_CHECK(t[1].size(1) == l.slots && l.value_cache.type == l.key_cache.type,
-                 "the caches of keys and values must be alike");
-    LMFUSE_CHECK(l.key_cache.type == KvType::i8 ||
-                     static_cast<int>(l.key_cache.type) == static_cast<int>(type_),
-                 "the caches must have the dtype of hidden_states, or be int8");
+  // Equal in all that the activations and the plan of attention depend on.
+  static void alike(const DecoderLayer& a, const DecoderLayer& b) {
+    LMFUSE_CHECK_VALUE(a.hidden() == b.hidden() && a.type() == b.type() && a.heads == b.heads &&
+                           a.kv_heads == b.kv_heads && a.head_dim == b.head_dim &&
+                           a.head_stride == b.head_stride && a.columns == b.columns &&
+                           a.inner() == b.inner() && a.window == b.window && a.gated == b.gated &&
+                           a.parallel == b.parallel,
+                       "the layers of one call must have the same sizes, dtype, window and form");
   }
 
   const std::vector<Tensor>& parameters_;
-  const std::vector<Tensor>& caches_;
-  const int64_t hidden_;
-  const DType type_;
-  const int64_t* integer_;
-  const double* number_;
-  int64_t count_, per_layer_;
+  const int64_t* integer_ = nullptr;
+  const double* number_ = nullptr;
+};
+
+// The layers of a model, read once and kept, so that a step of a few milliseconds does not begin
+// with the checks of some hundred tensors. Parameters whose memory is another than before are read
+// anew.
+class DecoderStack {
+ public:
+  DecoderStack(std::vector<Tensor> parameters, const Tensor& layout, const Tensor& numbers)
+      : parameters_(std::move(parameters)) {
+    constexpr int64_t n = DecoderReader::kIntegers, f = DecoderReader::kNumbers;
+    LMFUSE_CHECK(layout.is_cpu() && layout.dim() == 2 && layout.is_contiguous() &&
+                     layout.scalar_type() == ScalarType::Long && layout.size(1) == n &&
+                     layout.size(0) > 0,
+                 "layout must be a contiguous CPU tensor of int64, [layers, ", n, "]");
+    LMFUSE_CHECK(numbers.is_cpu() && numbers.dim() == 2 && numbers.is_contiguous() &&
+                     numbers.scalar_type() == ScalarType::Double &&
+                     numbers.size(0) == layout.size(0) && numbers.size(1) == f,
+                 "numbers must be a contiguous CPU tensor of float64, [layers, ", f, "]");
+    const auto* integer = static_cast<const int64_t*>(layout.const_data_ptr());
+    const auto* number = static_cast<const double*>(numbers.const_data_ptr());
+    layout_.assign(integer, integer + layout.numel());
+    numbers_.assign(number, number + numbers.numel());
+    read();
+  }
+
+  const std::vector<DecoderLayer>& layers() const { return layers_; }
+
+  bool current() const {
+    for (size_t i = 0; i < parameters_.size(); ++i)
+      if (parameters_[i].const_data_ptr() != memory_[i]) return false;
+    return true;
+  }
+
+  // Looked up by number, for the stable ABI passes no objects.
+  static int64_t keep(std::shared_ptr<DecoderStack> stack) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    static int64_t last = 0;
+    all()[++last] = std::move(stack);
+    return last;
+  }
+  static void forget(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    all().erase(number);
+  }
+  static std::shared_ptr<const DecoderStack> find(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    const auto found = all().find(number);
+    LMFUSE_CHECK_VALUE(found != all().end(), "there is no stack ", number);
+    if (!found->second->current()) {
+      auto again = std::make_shared<DecoderStack>(*found->second);
+      again->read();
+      found->second = again;
+    }
+    return found->second;
+  }
+
+ private:
+  void read() {
+    layers_ = DecoderReader(parameters_).layers(layout_, numbers_);
+    memory_.clear();
+    for (const Tensor& t : parameters_) memory_.push_back(t.const_data_ptr());
+  }
+
+  // Never destroyed: torch may be gone by then.
+  static std::unordered_map<int64_t, std::shared_ptr<DecoderStack>>& all() {
+    static auto* const stacks = new std::unordered_map<int64_t, std::shared_ptr<DecoderStack>>();
+    return *stacks;
+  }
+  static std::mutex& mutex() {
+    static auto* const mutex = new std::mutex();
+    return *mutex;
+  }
+
+  std::vector<Tensor> parameters_;
+  std::vector<int64_t> layout_;
+  std::vector<double> numbers_;
+  std::vector<DecoderLayer> layers_;
+  std::vector<const void*> memory_;
+};
+
+// Where the keys and values of a layer are.
+struct DecoderCache {
+  KvSource key, value;
+};
+
+// Caches [kv_heads, slots, head_dim], for each layer keys and values; of int8 also their scales,
+// [kv_heads, slots].
+struct DecoderCaches {
+  std::vector<DecoderCache> layers;
+  int64_t slots;  // that all have
+
+  DecoderCaches(const std::vector<Tensor>& caches, const std::vector<DecoderLayer>& of) {
+    const size_t count = of.size(), each = caches.size() / count;
+    LMFUSE_CHECK((each == 2 || each == 4) && caches.size() == count * each,
+                 "caches must be two tensors for each layer, or four with the scales of int8");
+    slots = caches[0].size(1);
+    for (size_t i = 0; i < count; ++i) {
+      const Tensor* t = &caches[i * each];
+      layers.push_back({side(of[i], t[0], each == 4 ? t + 2 : nullptr, "a key cache"),
+                        side(of[i], t[1], each == 4 ? t + 3 : nullptr, "a value cache")});
+      const KvType type = layers[i].key.type;
+      LMFUSE_CHECK(
+          type == layers[i].value.type &&
+              (type == KvType::i8 || static_cast<int>(type) == static_cast<int>(of[i].type())),
+          "the caches must have the dtype of hidden_states, or be int8");
+    }
+  }
+
+ private:
+  KvSource side(const DecoderLayer& l, const Tensor& arena, const Tensor* scales,
+                const char* name) {
+    LMFUSE_CHECK(arena.is_cpu() && arena.dim() == 3 && arena.size(0) == l.kv_heads &&
+                     arena.size(2) == l.head_dim && (l.head_dim == 1 || arena.stride(2) == 1),
+                 name, " must be a CPU tensor [", l.kv_heads, ", slots, ", l.head_dim, "]");
+    slots = std::min(slots, arena.size(1));
+    std::optional<Tensor> of_int8;
+    if (scales) of_int8 = *scales;
+    return kv_source(arena, of_int8, {1, 1, 0}, name);
+  }
 };
 
 }  // namespace lmfuse

@@ -28,7 +28,8 @@ struct DecoderStage {
 
 // All that the workers share, complete before the first of them starts.
 struct DecoderCall {
-  std::vector<DecoderLayer> layers;
+  const std::vector<DecoderLayer>& layers;
+  const std::vector<DecoderCache>& caches;
   DType type;
   int64_t batch, tokens, hidden;  // of each sequence
   Matrix x, y, middle;            // the first layer's input, the result, and what is on the way
@@ -59,10 +60,11 @@ class DecoderWorker {
   // A product must not be written where its residual is: the kernel may compute a row twice.
   void run() {
     Matrix x = c_.x;
-    for (size_t left = c_.layers.size(); left; --left) {
-      const DecoderLayer& l = *(c_.layers.end() - left);
-      const Matrix& y = l.parallel && left % 2 == 0 ? c_.middle : c_.y;
-      attention(l, x);
+    const size_t count = c_.layers.size();
+    for (size_t i = 0; i < count; ++i) {
+      const DecoderLayer& l = c_.layers[i];
+      const Matrix& y = l.parallel && (count - i) % 2 == 0 ? c_.middle : c_.y;
+      attention(l, c_.caches[i], x);
       mlp(l, x, y);
       x = y;
     }
@@ -72,14 +74,14 @@ class DecoderWorker {
   static constexpr int kMostProducts = 3;
 
   // middle = x + o(attention(norm(x))); of a parallel layer only the second part, in branch.
-  void attention(const DecoderLayer& l, const Matrix& x) {
+  void attention(const DecoderLayer& l, const DecoderCache& cache, const Matrix& x) {
     normalize(l.attention_input, x, c_.normed);
     const DecoderLinear* projections[kMostProducts] = {&l.query, &l.key, &l.value};
     multiply(c_.normed, projections, l.key.weight.n ? 3 : 1, c_.projected);
     const auto [begin, end] = w_.share(rows_);
-    heads(l, begin, end);
+    heads(l, cache, begin, end);
     w_.sync();
-    attend(l);
+    attend(l, cache);
     if (l.parallel) {
       project(l.output, c_.attended, c_.branch);
     } else {
@@ -200,7 +202,7 @@ class DecoderWorker {
   }
 
   // Norms, rotation and the way into the cache, of the heads of tokens [begin, end).
-  void heads(const DecoderLayer& l, int64_t begin, int64_t end) {
+  void heads(const DecoderLayer& l, const DecoderCache& cache, int64_t begin, int64_t end) {
     normalize_heads(l, l.query_norm, 0, l.heads, begin, end);
     normalize_heads(l, l.key_norm, l.key_column, l.kv_heads, begin, end);
     if (l.rotary_dim) {
@@ -208,9 +210,9 @@ class DecoderWorker {
       rotate(l, l.key_column, l.kv_heads, begin, end);
     }
     CacheArgs a = c_.cache;
-    a.key = side(l, l.key_column, l.key_cache);
-    a.value = side(l, l.value_column, l.value_cache);
-    a.to_type = l.key_cache.type;
+    a.key = side(l, l.key_column, cache.key);
+    a.value = side(l, l.value_column, cache.value);
+    a.to_type = cache.key.type;
     k_.cache_write(a, begin, end);
   }
 
@@ -243,10 +245,10 @@ class DecoderWorker {
   }
 
   // Into attended, ready for the next product.
-  void attend(const DecoderLayer& l) {
+  void attend(const DecoderLayer& l, const DecoderCache& cache) {
     AttentionArgs a = c_.attention;
-    a.key = source(l.key_cache);
-    a.value = source(l.value_cache);
+    a.key = source(cache.key);
+    a.value = source(cache.value);
     a.scale = l.scale;
     a.softcap = l.softcap;
     a.scratch = c_.attention_scratch + w_.index * c_.attention_scratch_step;

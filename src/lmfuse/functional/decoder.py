@@ -8,6 +8,7 @@ only: no backward.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from lmfuse.functional.linear import _POSTS
 from lmfuse.functional.packed import PackedWeight
 
 _decoder = ops.decoder.default
+_open = ops.decoder_open.default
+_close = ops.decoder_close.default
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +109,11 @@ class DecoderLayer:
     residual_scale: float = 1.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DecoderStack:
     """Layers in the form in which the op reads them; made by `decoder_stack`.
+
+    The parameters are looked at once, and again if their memory moves.
 
     Attributes:
         parameters: the packed weights, biases and norms of all layers.
@@ -120,6 +125,14 @@ class DecoderStack:
     parameters: list[Tensor]
     layout: Tensor
     numbers: Tensor
+
+    def __post_init__(self) -> None:
+        with torch.no_grad():
+            self._number: int = call(_open, self.parameters, self.layout, self.numbers)
+        weakref.finalize(self, _close, self._number).atexit = False
+
+    def __len__(self) -> int:
+        return len(self.layout)
 
 
 def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack:
@@ -235,16 +248,12 @@ def decoder(
             )
         with torch.no_grad():
             return decoder(hidden_states, stack, caches, slots, block_tables, cu_seqlens, cos, sin)
-    args = (hidden_states, stack.parameters, stack.layout, stack.numbers, caches)
-    result: Tensor = call(
-        _decoder, *args, slots, block_tables, cu_seqlens, cos, sin, check=_check_decoder
-    )
+    args = (hidden_states, stack._number, caches, slots, block_tables, cu_seqlens, cos, sin)
+    result: Tensor = call(_decoder, *args, check=_check_decoder)
     return result
 
 
-def _check_decoder(
-    hidden_states: Tensor, parameters: list[Tensor], layout: Tensor, *_: object
-) -> None:
+def _check_decoder(hidden_states: Tensor, *_: object) -> None:
     _check.tensor("hidden_states", hidden_states)
     if hidden_states.dim() != 3 or not hidden_states.numel():
         raise ValueError(

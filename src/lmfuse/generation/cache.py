@@ -292,7 +292,7 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return [self.key_arena, self.value_arena, self.key_scales, self.value_scales]
 
     def _fit(self, slots: int) -> None:
-        if self.key_arena.shape[1] == slots:
+        if self.key_arena.size(1) == slots:
             return
         for name in ("key_arena", "value_arena", "key_scales", "value_scales"):
             old = getattr(self, name)
@@ -390,11 +390,12 @@ class Cache(DynamicCache):
         return found if alike else None
 
     @staticmethod
-    def extend(layers: Sequence[Layer], key_states: Tensor, count: int) -> list[Tensor]:
-        """Takes slots for `count` tokens in `layers`, which are together, and makes room there.
+    def extend(layers: Sequence[Layer], x: Tensor, kv_heads: int, dim: int) -> list[Tensor]:
+        """Takes slots for new tokens in `layers`, which are together, and makes room there.
 
         Args:
-            key_states: [batch, kv_heads, any, dim]: of which sort keys and values will be.
+            x: [batch, tokens, any]; keys and values will be of its dtype,
+            kv_heads, dim: and [batch, kv_heads, tokens, dim].
 
         Returns:
             For each layer its arenas of keys and values, and after them those of their scales.
@@ -403,12 +404,15 @@ class Cache(DynamicCache):
         Raises:
             ValueError: the batch is not that of the tokens before; nothing is changed.
         """
-        layers[0].take_slots(key_states.shape[0], count)
+        batch, count, _ = x.shape
+        layers[0].take_slots(batch, count)
+        slots = layers[0].slots
         arenas: list[Tensor] = []
         for layer in layers:
             if not layer.is_initialized:
-                layer.lazy_initialization(key_states, key_states)
-            layer._fit(layer.slots.capacity)
+                states = x.new_empty((batch, kv_heads, 0, dim))
+                layer.lazy_initialization(states, states)
+            layer._fit(slots.capacity)
             arenas += layer.arenas()
         return arenas
 

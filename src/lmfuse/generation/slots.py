@@ -50,8 +50,7 @@ class Slots:
         self._table = torch.empty((0, 0), dtype=torch.int32)
         self._begin = self._end = 0  # the columns of the table that count
         self._used = 0  # no slot from here on holds anything
-        self._room = 0  # slots that each row has in reserve, from _at on
-        self._at = self.new
+        self._room = 0  # columns of the table, from _end on, with slots that are in reserve
         self._side_by_side = True  # no row has continued another
         self._changed()
 
@@ -67,7 +66,7 @@ class Slots:
 
     def rows(self, last: int) -> Tensor:
         """[batch, last] int32: the slots of the last positions of each row."""
-        return self._table[:, self._end - last : self._end]
+        return self._table.narrow(1, self._end - last, last)
 
     def run(self, last: int) -> tuple[int, int] | None:
         """First slot and the one after the last, if there is one row and it lies in order."""
@@ -93,12 +92,12 @@ class Slots:
         if not self.recording:
             self._begin = self._end - self.kept
         self.visible = self.kept + count
-        slots = self._take(count)
-        self._widen(count)
-        self._table[:, self._end : self._end + count] = slots
+        if count > self._room:
+            self._take(count)
+        self.new = self._table.narrow(1, self._end, count).flatten()
+        self._room -= count
         self._end += count
         self.total += count
-        self.new = slots.flatten()
         self._changed()
 
     def crop(self, total: int) -> None:
@@ -158,9 +157,9 @@ class Slots:
 
     def _without(self, mask: Tensor | None, queries: int) -> tuple[Tensor, Tensor, Tensor] | None:
         rows = self.rows(self.visible)
-        cu_q = torch.arange(self.batch + 1, dtype=torch.int32) * queries
+        cu_q = _multiples(self.batch, queries)
         if mask is None:
-            return rows, cu_q, torch.arange(self.batch + 1, dtype=torch.int32) * self.visible
+            return rows, cu_q, _multiples(self.batch, self.visible)
         if bool((mask[:, 1:] < mask[:, :-1]).any()):
             return None
         lengths = mask.sum(1, dtype=torch.int32)
@@ -168,18 +167,15 @@ class Slots:
         rows = rows.gather(1, from_left.clamp_(max=self.visible - 1))
         return rows, cu_q, torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
-    def _take(self, count: int) -> Tensor:
-        if count > self._room:
-            page = _PAGE if self.batch > 1 and self._side_by_side else 1
-            self._room = max(count, page)
-            self._reserve(self.batch * self._room)
-            first = torch.arange(self.batch, dtype=torch.int32) * self._room
-            self._at = first + self._used
-            self._used += self.batch * self._room
-        slots = self._at.unsqueeze(1) + torch.arange(count, dtype=torch.int32)
-        self._at = self._at + count
-        self._room -= count
-        return slots
+    def _take(self, count: int) -> None:
+        """Writes the slots of the next positions of each row into the table, some ahead."""
+        page = _PAGE if self._side_by_side else 1
+        self._room = max(count, page)
+        self._reserve(self.batch * self._room)
+        self._widen(self._room)
+        ahead = torch.arange(self.batch * self._room, dtype=torch.int32).view(self.batch, -1)
+        self._table.narrow(1, self._end, self._room).copy_(ahead + self._used)
+        self._used += self.batch * self._room
 
     def _reserve(self, count: int) -> None:
         if self._used + count <= self.capacity:
@@ -210,3 +206,8 @@ class Slots:
     def _changed(self) -> None:
         self.version += 1
         self._padded = None
+
+
+def _multiples(count: int, step: int) -> Tensor:
+    """0, step, ..., count * step"""
+    return torch.arange(0, count * step + 1, step, dtype=torch.int32)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
@@ -50,7 +52,8 @@ class FusedDecoder(swap.Fused):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See the forward of the layer itself; where the op does the same, `functional.decoder`."""
         if not args and not torch.compiler.is_compiling():
-            result = _run_of(self, [self])(hidden_states, kwargs)  # its own hooks see it as ever
+            run = _run_of(self, [self])  # whose own hooks are called around this
+            result = None if run is None else run(hidden_states, kwargs)
             if result is not None:
                 return result
         return super().forward(hidden_states, *args, **kwargs)
@@ -83,7 +86,8 @@ class FusedStack(swap.Fused, nn.ModuleList):
     def _as_one(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layers: list[Any] = list(self._modules.values())
         if not args:
-            result = _run_of(self, layers)(hidden_states, kwargs)
+            run = _run_of(self, layers)
+            result = None if run is None else run(hidden_states, kwargs)
             if result is not None:
                 return result
         for layer in layers:
@@ -99,36 +103,72 @@ def _without_run(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
     return make, arguments, {k: v for k, v in state.items() if k != _RUN}
 
 
-def _run_of(owner: nn.Module, layers: list[Any]) -> _Run:
-    """The run of these layers, made again once they are others or their parts are."""
+class _Generating(threading.local):
+    """The runs that were found as they were and unwatched, since this thread began to generate."""
+
+    seen: set[_Run] | None = None
+
+
+_generating = _Generating()
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """Within it, layers are looked at for changes and hooks before their first step, not before
+    each: that takes 0.2 ms, in which a small model reads 6 MB of weights."""
+    outer = _generating.seen
+    _generating.seen = set()
+    try:
+        yield
+    finally:
+        _generating.seen = outer
+
+
+def _run_of(owner: nn.Module, layers: list[Any]) -> _Run | None:
+    """The run of these layers, made again once they or their parts are others; None if somebody
+    looks inside."""
     run: _Run | None = vars(owner).get(_RUN)
+    seen = _generating.seen
+    if seen is not None and run in seen:
+        return run
     if run is None or not run.current(layers):
         run = vars(owner)[_RUN] = _Run(layers)
+    if run.stack is None or run.watched():
+        return None
+    if seen is not None:
+        seen.add(run)
     return run
 
 
 class _Run:
-    """Some layers as one op; for each call it says whether the op may do what they do."""
+    """Some layers as one op; for each call it says whether the op may do what they do.
+
+    A step of a few milliseconds has emptied the caches of all that Python looks at, so what is
+    looked at before each step is as little as can be.
+    """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self.forms: list[Form] = [layer.fused_form for layer in layers]
         # That which says all that the layers of one call have in common.
         self.form = next((f for f in self.forms if f.rotary_dim), self.forms[0])
+        self.attention: list[Any] = [
+            layer.get_submodule(f.attention) for f, layer in zip(self.forms, layers, strict=True)
+        ]
         modules = [m for layer in layers for m in layer.modules()]
         if len(layers) == 1:
-            modules.remove(layers[0])  # whose own hooks are called around its forward
+            modules.remove(layers[0])
         self.namespaces = [vars(m) for m in modules]
         self.hooks: list[dict[int, Any]] = [
             hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
-        self.parents = [m._modules for m in modules if m._modules]
+        self.parents = [m._modules for m in (*layers, *modules) if m._modules]
         self.children = [dict(m) for m in self.parents]
-        owners = [m._parameters for m in modules if m._parameters]
-        self.parameters = owners
-        self.known = [dict(p) for p in owners]
-        weights = [p["weight"] for p in owners if type(p.get("weight")) is PackedWeight]
-        self.weights, self.packed = weights, [w.packed for w in weights]  # type: ignore[union-attr]
+        owned = [(m._parameters, n) for m in modules for n, p in m._parameters.items()]
+        self.owners, self.names = [o for o, _ in owned], [n for _, n in owned]
+        self.parameters = list(map(operator.getitem, self.owners, self.names))
+        self.weights: list[Any] = [p for p in self.parameters if type(p) is PackedWeight]
+        self.packed = [w.packed for w in self.weights]
         self.stack = self._stack()
         self.dtype = None if self.stack is None else next(layers[0].parameters()).dtype
 
@@ -147,42 +187,40 @@ class _Run:
 
     def current(self, layers: list[Any]) -> bool:
         """Whether the layers, their parts and parameters are those of before."""
-        try:
-            return (
-                all(map(operator.is_, layers, self.layers))
-                and self.parents == self.children
-                and self.parameters == self.known  # compares by identity, unless they differ
-                and all(map(operator.is_, map(_packed, self.weights), self.packed))
-            )
-        except (RuntimeError, AttributeError):  # a tensor compared with another
-            return False
+        same = operator.is_
+        return (
+            all(map(same, layers, self.layers))
+            and self.parents == self.children  # modules compare by identity
+            and all(map(same, map(dict.get, self.owners, self.names), self.parameters))
+            and all(map(same, map(_packed, self.weights), self.packed))
+        )
+
+    def watched(self) -> bool:
+        """Whether somebody looks at what a part of the layers is given or gives."""
+        if any(map(operator.contains, self.namespaces, repeat("forward"))):
+            return True
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return True
+        return any(self.hooks) and any(map(_acts, filter(None, self.hooks)))
 
     def __call__(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The result, or None if the modules have to say it themselves; then nothing has changed."""
-        if not _plain(hidden_states) or hidden_states.dtype is not self.dtype or self._watched():
+        if not _plain(hidden_states) or hidden_states.dtype is not self.dtype:
             return None
         form = self.form
         mask, cache = kwargs.get("attention_mask"), kwargs.get(form.cache)
-        if any(kwargs[k] not in (None, False) for k in kwargs.keys() - _KNOWN):
+        if any(kwargs[k] is not None and kwargs[k] is not False for k in kwargs.keys() - _KNOWN):
             return None
         if mask is not None and (mask.dim() != 2 or _window(mask, form) != form.window):
             return None
         if form.window == 1 or not isinstance(cache, Cache):
             return None
-        if (
-            self.layers[0].get_submodule(form.attention).config._attn_implementation
-            != attention.NAME
-        ):
+        if self.attention[0].config._attn_implementation != attention.NAME:
             return None
         tables = _tables(form, kwargs.get("position_embeddings"))
         if tables is None:
             return None
-        held = cache.together(
-            [
-                getattr(l, f.attention).layer_idx
-                for f, l in zip(self.forms, self.layers, strict=True)
-            ]
-        )
+        held = cache.together([a.layer_idx for a in self.attention])
         if held is None:
             return None
         return self._run(hidden_states, mask if attention._hides(mask) else None, held, tables)
@@ -196,13 +234,11 @@ class _Run:
     ) -> Tensor | None:
         form, stack = self.form, self.stack
         assert stack is not None
-        batch, count, _ = hidden_states.shape
-        like = hidden_states.new_empty((batch, form.kv_heads, 0, form.head_dim))
         slots = held[0].slots
         before = slots.total
         try:
-            arenas = Cache.extend(held, like, count)
-            found = slots.padded(mask, count)
+            arenas = Cache.extend(held, hidden_states, form.kv_heads, form.head_dim)
+            found = slots.padded(mask, hidden_states.shape[1])
             if found is None:
                 return None  # the slots wait for the modules
             result = functional.decoder(
@@ -214,14 +250,6 @@ class _Run:
         for layer in held:
             layer.seen = slots.total
         return result
-
-    def _watched(self) -> bool:
-        """Whether somebody looks at what a part of the layers is given or gives."""
-        if any(map(operator.contains, self.namespaces, repeat("forward"))):
-            return True
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return True
-        return any(self.hooks) and any(map(_acts, filter(None, self.hooks)))
 
 
 _packed = operator.attrgetter("packed")

@@ -37,6 +37,11 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
         cls.__name__, cls.__qualname__ = stock.__name__, stock.__qualname__
         cls.__module__ = stock.__module__
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """See transformers' `GenerationMixin.generate`."""
+        with decoder.generating():
+            return super().generate(*args, **kwargs)
+
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Ours, where transformers prepares a DynamicCache for a loop that we know."""
         settings, model_kwargs, mode, batch = (*args, *kwargs.values())[:4]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -303,7 +302,7 @@ def model_of(family: str = "llama", **changed: Any) -> Any:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each call of the op had."""
     calls: list[int] = []
     stock = functional.decoder
@@ -314,7 +313,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return result
 
     monkeypatch.setattr(functional, "decoder", counted)
-    yield calls
+    return calls
 
 
 def inputs(padded: bool) -> dict[str, Tensor]:
@@ -405,9 +404,9 @@ class TestWatched:
         ours = lmfuse.optimize(stock)
         with torch.no_grad():
             a = stock(**inputs(True), output_attentions=True).attentions
+            given: dict[str, Any] = {**inputs(True), "past_key_values": Cache(ours.config)}
             with pytest.warns(UserWarning, match="output_attentions"):
-                cache = Cache(ours.config)
-                b = ours(**inputs(True), past_key_values=cache, output_attentions=True).attentions
+                b = ours(**given, output_attentions=True).attentions
         assert len(a) == len(b) == 2
         torch.testing.assert_close(a[1][2], b[1][2], rtol=1e-4, atol=1e-5)
 
@@ -500,6 +499,10 @@ def test_padding_in_the_middle() -> None:
     torch.testing.assert_close(b[mask.bool()], a[mask.bool()], rtol=1e-4, atol=1e-4)
 
 
+def failing(*_: object) -> Tensor:
+    raise RuntimeError("half way")
+
+
 def test_an_exception_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = lmfuse.optimize(model_of())
     ids = inputs(False)["input_ids"]
@@ -507,13 +510,10 @@ def test_an_exception_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         for each in (cache, other):
             ours(ids[:, :5], past_key_values=each)
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="half way"):
-
-            def failing(*args: Any) -> Tensor:
-                raise RuntimeError("half way")
-
+        with monkeypatch.context() as patch:
             patch.setattr(functional, "decoder", failing)
-            ours(ids[:, 5:], past_key_values=cache)
+            with pytest.raises(RuntimeError, match="half way"):
+                ours(ids[:, 5:], past_key_values=cache)
         assert cache.get_seq_length() == 5
         a = ours(ids[:, 5:], past_key_values=cache).logits
         b = ours(ids[:, 5:], past_key_values=other).logits

@@ -56,17 +56,18 @@ class DecoderLinear:
 class DecoderLayer:
     """What one layer computes, x being its input and A causal attention:
 
-        h = x + c · n2(A(q, k, v) O^T),   q, k, v = rope(nq(n1(x) Q^T)), rope(nk(n1(x) K^T)), n1(x) V^T
-        y = h + c · n4(mlp(n3(h)))        mlp(z) = (f(z G^T) · (z U^T)) D^T, or f(z G^T) D^T
-        y = x + A(q, k, v) O^T + mlp(n3(x)), if it is parallel
+        q, k, v = rope(nq(z Q^T)), rope(nk(z K^T)), z V^T                 z = n1(x)
+        h = x + c · n2(A(q, k, v) O^T)
+        y = h + c · n4(mlp(n3(h)))    mlp(z) = (f(z G^T) · (z U^T)) D^T, or f(z G^T) D^T
 
-    with the biases of the projections. Norms that are None are left out.
+    or, if it is parallel, y = x + A(q, k, v) O^T + mlp(n3(x)); with the biases of the projections.
+    Norms that are None are left out.
 
     Attributes:
         heads, kv_heads, head_dim: of attention.
-        query, key, value: their projections. If key and value are None, query gives all three: first
-            all queries, then all keys, then all values; or, if interleaved, one head after the other,
-            each with its query, key and value.
+        query, key, value: their projections. If key and value are None, query gives all three:
+            first all queries, then all keys, then all values; or, if interleaved, one head after
+            the other, each with its query, key and value.
         output, gate, up, down: O, G, U, D. If up is None and the MLP gated, G gives both halves.
         gated: which of the two forms the MLP has.
         activation: f: relu, gelu, gelu_tanh, silu or (not gated) None.
@@ -136,7 +137,7 @@ class DecoderStack:
 
 
 def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack:
-    """Describes `layers` for `decoder`. Parameters are not copied: what is written into them counts.
+    """Describes `layers` for `decoder`. What is written into their parameters counts.
 
     Raises:
         TypeError, ValueError: no layer, a weight that is not packed, or an unknown activation.
@@ -225,10 +226,10 @@ def decoder(
         caches: for each layer its keys and its values, [kv_heads, slots, head_dim], of the dtype of
             hidden_states; or int8, followed by their scales, float32 [kv_heads, slots].
         slots: [batch * tokens], int32 or int64: where the new tokens go, row by row.
-        block_tables: [batch, at least the longest], int32 or int64: the slots of all keys that a row
-            sees, the new ones included, in order.
-        cu_seqlens: [batch + 1], int32 or int64: 0, and after each row the sum of the numbers of its
-            keys. Query i of a row is at position keys - tokens + i, and sees nothing if that is
+        block_tables: [batch, at least the longest], int32 or int64: the slots of all keys that a
+            row sees, the new ones included, in order.
+        cu_seqlens: [batch + 1], int32 or int64: 0, and after each row the sum of the numbers of
+            its keys. Query i of a row is at position keys - tokens + i, and sees nothing if that is
             negative (padding on the left).
         cos, sin: [batch or 1, tokens, width], 2 · width >= rotary_dim; None without RoPE.
 

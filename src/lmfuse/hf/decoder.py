@@ -1,10 +1,10 @@
 """Decoder layers of transformers models, run whole: see `lmfuse.functional.decoder`.
 
-The list of a model's layers takes a subclass of nn.ModuleList. To the forward of the model that owns
-it, it is one layer, which runs all of them in one op; to everybody else it is the list that it was.
-The op is used while nobody can tell the difference: without hooks, gradients, tracing or outputs
-other than the last, and with our cache. Otherwise the layers run as the modules that they are, and
-each of them still is one op where its own inside is not looked at.
+The list of a model's layers takes a subclass of nn.ModuleList. To the forward of the model that
+owns it, it is one layer, which runs all of them in one op; to everybody else it is the list that it
+was. The op is used while nobody can tell the difference: without hooks, gradients, tracing or
+outputs other than the last, and with our cache. Otherwise the layers run as the modules that they
+are, and each of them still is one op where its own inside is not looked at.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ class _Run:
 
     def _stack(self) -> functional.DecoderStack | None:
         """None if a linear layer is not packed, or the parameters have several dtypes."""
-        linears = [m for f, l in zip(self.forms, self.layers, strict=True) for m in f.linears(l)]
+        pairs = list(zip(self.forms, self.layers, strict=True))
+        linears = [m for form, layer in pairs for m in form.linears(layer)]
         if any(type(m) not in (Linear, SiblingLinear) for m in linears):
             return None
         if any(type(m.weight) is not PackedWeight for m in linears):
@@ -182,8 +183,7 @@ class _Run:
         dtypes = {p.dtype for layer in self.layers for p in layer.parameters()}
         if len(dtypes) != 1 or any(w.rounded for w in self.weights):
             return None
-        described = [f.described(l) for f, l in zip(self.forms, self.layers, strict=True)]
-        return functional.decoder_stack(described)
+        return functional.decoder_stack([form.described(layer) for form, layer in pairs])
 
     def current(self, layers: list[Any]) -> bool:
         """Whether the layers, their parts and parameters are those of before."""
@@ -204,7 +204,7 @@ class _Run:
         return any(self.hooks) and any(map(_acts, filter(None, self.hooks)))
 
     def __call__(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """The result, or None if the modules have to say it themselves; then nothing has changed."""
+        """The result, or None if the modules have to say it themselves."""
         if not _plain(hidden_states) or hidden_states.dtype is not self.dtype:
             return None
         form = self.form

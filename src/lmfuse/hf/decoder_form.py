@@ -156,7 +156,7 @@ def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
         return "the forward of one of its parts is replaced on the instance"
     try:
         parts = _parts(layer, attn_name, attn)
-    except _Unknown as reason:
+    except _UnknownError as reason:
         return str(reason)
     tables = rope._tables(model, f"{name}.{attn_name}")
     if isinstance(attn, rope.FusedRope) and not tables:
@@ -176,7 +176,7 @@ def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
     return "it computes something else than the decoder op"
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     pass
 
 
@@ -184,7 +184,7 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
     """A form with all names, but without numbers.
 
     Raises:
-        _Unknown: there is a part that no name says what to do with.
+        _UnknownError: there is a part that no name says what to do with.
     """
     projections = _first(attn, _PROJECTIONS, "no projections of a known name")
     output = _first(attn, [(n,) for n in _OUTPUT], "no output projection of a known name")
@@ -228,7 +228,7 @@ def _first(owner: nn.Module, names: Any, otherwise: str) -> tuple[str, ...]:
     for each in names:
         if all(isinstance(owner._modules.get(n), nn.Linear) for n in each):
             return tuple(each)
-    raise _Unknown(f"it has {otherwise}")
+    raise _UnknownError(f"it has {otherwise}")
 
 
 def _is_norm(owner: nn.Module, name: str) -> bool:
@@ -240,11 +240,11 @@ def _activation(act: Any) -> str | None:
     try:
         y = act(x)
     except Exception:  # it is foreign code
-        raise _Unknown("its activation refused a test input") from None
+        raise _UnknownError("its activation refused a test input") from None
     for name, function in _ACTIVATIONS.items():
         if isinstance(y, Tensor) and swap.agrees(y, function, x):
             return name
-    raise _Unknown("its activation is none of silu, gelu, gelu_tanh and relu")
+    raise _UnknownError("its activation is none of silu, gelu, gelu_tanh and relu")
 
 
 def _check_complete(layer: nn.Module, form: Form) -> None:
@@ -254,20 +254,20 @@ def _check_complete(layer: nn.Module, form: Form) -> None:
         if module is None:
             continue
         if not isinstance(module, (norm.FusedNorm, norm.FusedLayerNorm)):
-            raise _Unknown("it has a norm that was not recognised")
+            raise _UnknownError("it has a norm that was not recognised")
         if module.weight is None or module.weight.dim() != 1:
-            raise _Unknown("it has a norm without a weight, or with one for each head")
+            raise _UnknownError("it has a norm without a weight, or with one for each head")
     known = {id(p) for m in parts for p in m.parameters()}
     if any(id(p) not in known for p in layer.parameters()) or list(layer.buffers()):
-        raise _Unknown("it has parameters besides those of its projections, norms and MLP")
+        raise _UnknownError("it has parameters besides those of its projections, norms and MLP")
 
 
 _HIDDEN, _INNER = 8, 12
 
 
 def _small(layer: nn.Module, form: Form) -> nn.Module:
-    """A copy with few hidden features and random weights, whose forwards are the stock ones (but for
-    norms, which `hf.norm` has tried)."""
+    """A copy with few hidden features and random weights, whose forwards are the stock ones (but
+    for norms, which `hf.norm` has tried)."""
     random = swap.generator()
     count = len(form.projections)
     sizes: dict[int, tuple[int | None, int | None]] = {}  # out, in; None: as it is
@@ -364,7 +364,7 @@ def _candidates(
         for parallel in dict.fromkeys((form.parallel, not form.parallel)):
             if parallel and (form.norms[3] or form.norms[5] or form.residual_scale != 1.0):
                 continue
-            one = len(form.projections) == 1
+            one = len(form.projections) == 1 and form.heads == form.kv_heads
             for interleaved in (True, False) if one else (False,):
                 for turned in dict.fromkeys((form.rotary_dim, 0)):  # some leave out RoPE here
                     yield replace(

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lmfuse.hf import activation, linear, norm, rope, swap
+from lmfuse.hf import activation, linear, norm, rope, rotary, swap
 from lmfuse.modules.pack import unpack_model
 from lmfuse.quantization.model import quantization, quantize
 
@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # The swap for a module of a model, found under a name; why there is none; or None.
 Pass = Callable[[nn.Module, str, nn.Module], swap.Swap | str | None]
 
-_PASSES: tuple[Pass, ...] = (norm.plan, activation.plan, rope.plan)
+_PASSES: tuple[Pass, ...] = (norm.plan, activation.plan, rope.plan, rotary.plan)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _REPORT = "_lmfuse_report"
 

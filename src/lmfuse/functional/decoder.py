@@ -165,9 +165,12 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
     integers: list[int] = []
     numbers: list[float] = []
     for norm in _norms(layer):
-        kind = 0 if norm is None else 2 if norm.centered else 1
-        integers += (kind, place(norm and norm.weight), place(norm and norm.bias))
-        numbers += (norm.eps, norm.offset) if norm is not None else (0.0, 0.0)
+        if norm is None:
+            integers += (0, -1, -1)
+            numbers += (0.0, 0.0)
+        else:
+            integers += (2 if norm.centered else 1, place(norm.weight), place(norm.bias))
+            numbers += (norm.eps, norm.offset)
     for name, linear in _linears(layer):
         if linear is not None and type(linear.weight) is not PackedWeight:
             raise TypeError(f"the weight of {name} is not packed; see pack_linear")

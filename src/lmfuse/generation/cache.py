@@ -382,7 +382,7 @@ class Cache(DynamicCache):
         if self.layer_class_to_replicate is not None:
             while len(self.layers) <= last:
                 self.layers.append(self.layer_class_to_replicate())
-        found = [self.layers[i] for i in indices] if last < len(self.layers) else []
+        found: list[Any] = [self.layers[i] for i in indices] if last < len(self.layers) else []
         if not found or not all(isinstance(layer, Layer) for layer in found):
             return None
         slots, seen = found[0].slots, found[0].seen

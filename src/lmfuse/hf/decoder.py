@@ -167,7 +167,7 @@ class _Run:
         owned = [(m._parameters, n) for m in modules for n, p in m._parameters.items()]
         self.owners, self.names = [o for o, _ in owned], [n for _, n in owned]
         self.parameters = list(map(operator.getitem, self.owners, self.names))
-        self.weights: list[Any] = [p for p in self.parameters if type(p) is PackedWeight]
+        self.weights: list[Any] = [p for p in self.parameters if isinstance(p, PackedWeight)]
         self.packed = [w.packed for w in self.weights]
         self.stack = self._stack()
         self.dtype = None if self.stack is None else next(layers[0].parameters()).dtype
@@ -175,7 +175,7 @@ class _Run:
     def _stack(self) -> functional.DecoderStack | None:
         """None if a linear layer is not packed, or the parameters have several dtypes."""
         pairs = list(zip(self.forms, self.layers, strict=True))
-        linears = [m for form, layer in pairs for m in form.linears(layer)]
+        linears: list[Any] = [m for form, layer in pairs for m in form.linears(layer)]
         if any(type(m) not in (Linear, SiblingLinear) for m in linears):
             return None
         if any(type(m.weight) is not PackedWeight for m in linears):
@@ -257,9 +257,9 @@ _packed = operator.attrgetter("packed")
 
 def _acts(hooks: dict[int, Callable[..., Any]]) -> bool:
     """Whether one of `hooks` is more than an idle recorder of transformers."""
-    return bool(output_capturing._active_collector.get()) or any(
-        getattr(hook, "__code__", None) is not _RECORDER for hook in hooks.values()
-    )
+    return bool(
+        output_capturing._active_collector.get()  # type: ignore[no-untyped-call]
+    ) or any(getattr(hook, "__code__", None) is not _RECORDER for hook in hooks.values())
 
 
 def _plain(x: Tensor) -> bool:

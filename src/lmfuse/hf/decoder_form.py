@@ -43,6 +43,16 @@ _AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 _QUERY_KEY = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 CACHE = ("past_key_values", "layer_past")
 
+# The fields of functional.DecoderLayer in the order of Form.norms.
+_NORMS = (
+    "attention_input",
+    "query_norm",
+    "key_norm",
+    "attention_output",
+    "mlp_input",
+    "mlp_output",
+)
+
 _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
@@ -106,7 +116,8 @@ class Form:
         linears = [DecoderLinear(packed(m.weight), m.bias) for m in modules]
         query, key, value = linears[:3] if len(self.projections) == 3 else (linears[0], None, None)
         output, *mlp = linears[len(self.projections) :]
-        norms = [None if m is None else described_norm(m) for m in self.norm_modules(layer)]
+        modules = self.norm_modules(layer)
+        norms: list[Any] = [None if m is None else described_norm(m) for m in modules]
         return DecoderLayer(
             self.heads,
             self.kv_heads,
@@ -121,7 +132,7 @@ class Form:
             self.scale,
             self.gated,
             self.activation,
-            *norms,
+            **dict(zip(_NORMS, norms, strict=True)),
             interleaved=self.interleaved,
             rotary_dim=self.rotary_dim,
             rotary_half=self.rotary_half,

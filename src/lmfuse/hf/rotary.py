@@ -45,7 +45,7 @@ class FusedRotary(swap.Fused):
             found = self._looked_up(x.dtype, position_ids)
             if found is not None:
                 return found
-        return super().forward(x, position_ids)  # type: ignore[misc]
+        return super().forward(x, position_ids)
 
     def _looked_up(self, dtype: torch.dtype, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         tables: _Tables | None = vars(self).get(_TABLES)
@@ -63,7 +63,7 @@ class FusedRotary(swap.Fused):
     def _made(self, dtype: torch.dtype, count: int) -> _Tables:
         with torch.inference_mode(False):  # looked up later, perhaps outside of inference mode
             x, positions = torch.empty(0, dtype=dtype), torch.arange(count).unsqueeze(0)
-            cos, sin = super().forward(x, positions)  # type: ignore[misc]
+            cos, sin = super().forward(x, positions)
             return _Tables(dtype, self.inv_freq, self.inv_freq._version, cos[0], sin[0])
 
     def __reduce__(self) -> tuple[Any, ...]:

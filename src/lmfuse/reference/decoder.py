@@ -43,14 +43,14 @@ def attend(layer: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Ten
     heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
     parts = [linear(x, p) for p in (layer.query, layer.key, layer.value) if p is not None]
     if layer.interleaved:
-        q, k, v = parts[0].view(batch, tokens, heads, 3 * dim).split(dim, -1)
+        q, k, v = torch.split(parts[0].view(batch, tokens, heads, 3 * dim), dim, -1)
         q, k = norm(layer.query_norm, q), norm(layer.key_norm, k)
     else:
         if len(parts) == 1:
-            parts = list(parts[0].split([heads * dim, kv_heads * dim, kv_heads * dim], -1))
+            parts = list(torch.split(parts[0], [heads * dim, kv_heads * dim, kv_heads * dim], -1))
         parts[0] = over(layer.query_norm, parts[0], dim)
         parts[1] = over(layer.key_norm, parts[1], dim)
-        q, k, v = (p.unflatten(-1, (-1, dim)) for p in parts)
+        q, k, v = (p.reshape(batch, tokens, -1, dim) for p in parts)
     if layer.rotary_dim and cos is not None and sin is not None:
         q, k = (rotated(p, layer, cos, sin) for p in (q, k))
     out = attention(
@@ -92,7 +92,7 @@ def over(given: Any, x: Tensor, dim: int) -> Tensor:
     """A norm over heads of `dim`, or over the whole row."""
     if given is None or given.weight.numel() != dim:
         return norm(given, x)
-    return norm(given, x.unflatten(-1, (-1, dim))).flatten(-2)
+    return norm(given, x.reshape(*x.shape[:-1], -1, dim)).flatten(-2)
 
 
 def norm(given: Any, x: Tensor) -> Tensor:

@@ -116,8 +116,11 @@ def classes(model: nn.Module) -> list[type]:
 
 
 def replaced(model: nn.Module) -> Counter[str]:
-    """Of modules; of the attention of the whole model tell the tests in test_hf_attention.py."""
-    return Counter(v for k, v in hf.report(model).replaced.items() if k != "attention")
+    """Of modules; of the attention of the whole model tell the tests in test_hf_attention.py, of
+    whole layers and their angles those in test_decoder.py."""
+    others = ("decoder layer", "stack of decoder layers", "table of angles")
+    found = hf.report(model).replaced.items()
+    return Counter(v for k, v in found if k != "attention" and v not in others)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -48,7 +48,7 @@ int64_t row_stride(int64_t width, int64_t rows) {
 
 // Rows of k for the products that follow; joint: all workers write them together.
 DecoderStage stage(Buffers& b, const DecoderCall& c, int64_t k, bool joint, int64_t threads) {
-  const GemmFormat format = kernels().gemm_format(c.type, c.rows(), k);
+  const GemmFormat format = kernels().gemm_format(c.type, c.rows());
   DecoderStage s{};
   s.stride = s.lda = row_stride(k, c.rows());
   s.rows_type = format.type;
@@ -82,10 +82,7 @@ void carve(Buffers& b, DecoderCall& c, int64_t threads) {
   c.branch = wide(c.hidden);
   c.middle = wide(c.hidden);
   if (l.gated) c.gate_up = wide(2 * l.inner());
-  int64_t scratch_rows = 0;
-  for (int64_t k : {c.hidden, l.attended(), l.inner()})
-    scratch_rows = std::max(scratch_rows, kernels().gemm_format(c.type, c.rows(), k).scratch_rows);
-  c.scratch_step = scratch_rows * kPanel * kPanelGroup * 2;
+  c.scratch_step = kernels().gemm_format(c.type, c.rows()).scratch_rows * kPanel * 2;
   c.scratch = reinterpret_cast<float*>(b.take(threads * c.scratch_step * 4));
   c.attention_scratch_step = (kernels().attention_scratch(c.attention) + 63) / 64 * 64;
   c.attention_scratch = b.take(threads * c.attention_scratch_step);

@@ -187,10 +187,6 @@ def optimized(model: Any, dtype: Dtype, woq: Woq | None, group_size: int) -> Any
 
 def quantized(model: Any, woq: Woq, group_size: int) -> Any:
     """Weight-only quantization, in place of packing."""
-    if not hasattr(lmfuse, "quantize"):
-        raise typer.BadParameter(
-            f"lmfuse {lmfuse.__version__} does not quantize yet", param_hint="--woq"
-        )
     config = lmfuse.quantization.WeightOnlyConfig(bits=woq.bits, group_size=group_size)
     return lmfuse.quantize(model, config)
 

@@ -217,20 +217,24 @@ def test_generate_gives_the_ids_of_the_stock_model(
     fused = lmfuse.optimize(stock)
     assert hf.report(fused).replaced["attention"] == "attention"
     used = 0
-    update = Cache.update
 
-    def counted(self: Cache, *args: Any, **kwargs: Any) -> Any:
-        nonlocal used
-        used += 1
-        return update(self, *args, **kwargs)
+    def counting(method: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal used
+            used += 1
+            return method(*args, **kwargs)
 
-    monkeypatch.setattr(Cache, "update", counted)
+        return counted
+
+    # Layers append by themselves, or all of them in one step where they run whole.
+    monkeypatch.setattr(Cache, "update", counting(Cache.update))
+    monkeypatch.setattr(Cache, "extend", staticmethod(counting(Cache.extend)))
     for mode in MODES:
         used = 0
         expected = generate(stock, mode)
         assert used == 0
         assert torch.equal(generate(fused, mode), expected), mode
-        assert used >= 24 * 2, mode
+        assert used >= 24, mode
     assert len(expected.unique()) > 5  # not one token for ever
 
 

@@ -327,3 +327,109 @@ def test_optimize_bf16(stock: Any, inputs: Any) -> None:
         expected = stock(**inputs).logits[0, -1]
     assert found.argmax() == expected.argmax()
     assert (found - expected).square().mean().sqrt() < 0.06 * expected.square().mean().sqrt()
+
+
+# --- 3. prompt sharing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "attribute", "way"),
+    [
+        ("hf_greedy_search", "greedy_search", {"do_sample": False}),
+        ("hf_beam_search", "beam_search", {"do_sample": False, "num_beams": 4}),
+        ("hf_sample", "sample", {"do_sample": True, "num_return_sequences": 3}),
+        ("hf_beam_sample", "beam_sample", {"do_sample": True, "num_beams": 4}),
+    ],
+)
+@pytest.mark.parametrize("showcase", [False, True], ids=["optimized", "showcase"])
+def test_prompt_sharing(
+    stock: Any, inputs: Any, function: str, attribute: str, way: dict[str, Any], showcase: bool
+) -> None:
+    if showcase:
+        model = LlamaForCausalLM.from_pretrained(smollm2_file().parent, dtype=F32, **SMOLLM2).eval()
+        model = ipex.optimize(model, dtype=F32, inplace=True)
+    else:
+        model = ipex.optimize(stock.eval(), dtype=F32)
+    bound = getattr(ipex.llm.generation, function).__get__(model, model.__class__)
+    setattr(model, attribute, bound)
+    rows = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, arguments, out: rows.append(out.shape[0])
+    )
+    torch.manual_seed(7)
+    found = model.generate(**inputs, **NEW, **way)
+    hook.remove()
+    torch.manual_seed(7)
+    assert torch.equal(found, stock.generate(**inputs, **NEW, **way))
+    assert rows[0] == 1  # the prompt, once; then a row for each beam
+    assert set(rows[1:]) == {max(way.get("num_beams", 1), way.get("num_return_sequences", 1))}
+
+
+def test_token_latency(stock: Any, inputs: Any) -> None:
+    model = ipex.optimize(stock.eval(), dtype=F32)
+    hf_greedy_search = ipex.llm.generation.hf_greedy_search.__get__(model, model.__class__)
+    setattr(model, "greedy_search", hf_greedy_search)  # noqa: B010
+    model.config.token_latency = True
+    _, seconds = model.generate(**inputs, **NEW, do_sample=False)
+    assert len(seconds) == NEW["max_new_tokens"]
+    assert all(s > 0 for s in seconds)
+
+
+# --- 3. tracing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["greedy", "4 beams"])
+def test_tracing(expected: dict[str, Tensor], inputs: Any, way: str) -> None:
+    model = LlamaForCausalLM.from_pretrained(smollm2_file().parent, dtype=F32, **SMOLLM2).eval()
+    model = ipex.optimize(model.eval(), dtype=F32, inplace=True)
+    beams, config = WAYS[way].get("num_beams", 1), model.config
+    hf_beam_search = ipex.llm.generation.hf_beam_search.__get__(model, model.__class__)
+    setattr(model, "beam_search", hf_beam_search)  # noqa: B010
+    ids = torch.ones(1, 32, dtype=torch.long)
+    sample_inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(32)[None],
+        "past_key_values": tuple(
+            (
+                torch.zeros(1, 0, 0, 1, dtype=torch.long),
+                torch.zeros(1, 1, 1, 1),
+                torch.zeros(1, 1, 1, 1),
+                torch.zeros(1, beams, dtype=torch.long),
+            )
+            for _ in range(config.num_hidden_layers)
+        ),
+    }
+    amp_enabled = False
+    with torch.no_grad(), torch.cpu.amp.autocast(enabled=amp_enabled):
+        trace_model = torch.jit.trace(
+            model, example_kwarg_inputs=sample_inputs, strict=False, check_trace=False
+        )
+        trace_model = torch.jit.freeze(trace_model)
+        model = ipex._set_optimized_model_for_generation(model, optimized_model=trace_model)
+    assert torch.equal(written(model, inputs, way), expected[way])
+
+
+# --- 4. weight-only quantization ------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("dtype", "group_size"), [("INT8", -1), ("INT8", 512), ("INT4", 32), ("INT4", 128)]
+)
+def test_weight_only_quantization(stock: Any, inputs: Any, dtype: str, group_size: int) -> None:
+    from intel_extension_for_pytorch.quantization import WoqWeightDtype, convert, prepare
+
+    qconfig = ipex.quantization.get_weight_only_quant_qconfig_mapping(
+        weight_dtype=getattr(WoqWeightDtype, dtype),
+        lowp_mode=ipex.quantization.WoqLowpMode.BF16,
+        group_size=group_size,
+    )
+    prepared_model = prepare(stock, qconfig)
+    with torch.no_grad(), torch.cpu.amp.autocast(enabled=True):
+        converted_model = convert(prepared_model).to(torch.bfloat16)
+        found = converted_model(**inputs).logits[0, -1].float()
+        expected = stock(**inputs).logits[0, -1]
+    error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < (0.1 if dtype == "INT8" else 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import sys
 import warnings
 from collections import Counter
@@ -43,6 +44,8 @@ MPT = {"d_model": 32, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64}
 RMS, OFFSET, LN = "rms_norm", "rms_norm (weight + 1)", "layer_norm"
 SILU, TANH, HALF = "silu_mul", "gelu_mul (tanh)", "rope (half)"
 ATTENTION, GELU_MLP, TANH_MLP = "attention", "linear + gelu", "linear + gelu_tanh"
+# Which layers run whole is a matter of test_decoder.py.
+WHOLE = {"decoder layer", "stack of decoder layers", "table of angles"}
 
 # name: (family, config, norms in each layer and their kind, what else each layer has fused)
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, str], set[str]]] = {
@@ -165,10 +168,10 @@ def test_a_family_is_fused_and_comes_back(name: str, tmp_path: Path) -> None:
     report = hf.report(model)
     _, _, (count, norm), others = FAMILIES[name]
     wanted = {norm: count * LAYERS + EXTRA_NORMS.get(name, 1), **dict.fromkeys(others, LAYERS)}
-    replaced = {k: v for k, v in report.replaced.items() if k != ATTENTION}
+    replaced = {k: v for k, v in report.replaced.items() if k != ATTENTION and v not in WHOLE}
     assert Counter(replaced.values()) == wanted
     assert report.replaced[ATTENTION] == ATTENTION
-    assert not report.stock
+    assert all(re.fullmatch(r"[a-z.]*\.(h|layers|blocks)\.\d", k) for k in report.stock)
 
     fused = [type(module) for module in model.modules()]
     assert lmfuse.optimize(model, inplace=True) is model
@@ -311,7 +314,7 @@ def test_inputs_that_cannot_be_are_refused_in_words() -> None:
     ids = batch()["input_ids"]
     legacy = tuple((torch.zeros(3, 2, 4, 8),) * 2 for _ in range(LAYERS))
     fused = lmfuse.optimize(make())
-    with pytest.raises(TypeError, match="past_key_values is a tuple, as in transformers 4"):
+    with pytest.raises(TypeError, match="past_key_values is a tuple, but not of"):
         fused(ids, past_key_values=legacy)
     with pytest.raises(ValueError, match=r"input_ids has shape \(3, 0\), but must have at least"):
         fused(ids[:, :0])

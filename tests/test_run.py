@@ -104,8 +104,8 @@ def test_mistakes_are_one_message(folder: str, words: list[str], text: str) -> N
     assert "Traceback" not in result.output
 
 
-def test_woq_waits_for_quantize(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(lmfuse, "quantize", raising=False)
-    result = call("-m", folder, *QUICK, "--woq", "int4")
-    assert result.exit_code == 2
-    assert "does not quantize yet" in result.stderr
+@pytest.mark.parametrize("woq", ["int8", "int4"])
+def test_quantizes(folder: str, woq: str) -> None:
+    result = call("-m", folder, *QUICK, "--greedy", "--woq", woq, "--group-size", "32")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"next token .*ms.*%", result.stdout)

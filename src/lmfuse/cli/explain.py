@@ -27,6 +27,9 @@ _OPS = {
     "rope": "rope_qk",
     "attention": "attention",
     "packed": "linear",
+    "decoder": "decoder",
+    "stack": "decoder",
+    "table": "torch",
 }
 
 
@@ -134,7 +137,7 @@ def _table(name: str, rows: list[Row]) -> Table:
         title=f"{name} through lmfuse.optimize, {lmfuse.isa()}",
         caption=f"{total / 1e6:.1f} MB of parameters; {stayed} modules stay stock",
     )
-    table.add_column("module", overflow="fold")
+    table.add_column("module", no_wrap=True)
     table.add_column("was")
     table.add_column("becomes")
     table.add_column("kernel")

@@ -38,9 +38,12 @@ _KNOWN |= {"position_ids", "use_cache", "cache_position"}
 
 # transformers leaves its recorders' hooks in place; they record while a collector asks them to.
 _RECORDER = next(
-    code
-    for code in output_capturing.install_output_capuring_hook.__code__.co_consts
-    if getattr(code, "co_name", None) == "output_capturing_hook"
+    (
+        code
+        for code in output_capturing.install_output_capuring_hook.__code__.co_consts
+        if getattr(code, "co_name", None) == "output_capturing_hook"
+    ),
+    None,
 )
 
 
@@ -127,6 +130,8 @@ def generating() -> Iterator[None]:
 def _run_of(owner: nn.Module, layers: list[Any]) -> _Run | None:
     """The run of these layers, made again once they or their parts are others; None if somebody
     looks inside."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return None  # a graph holds the modules
     run: _Run | None = vars(owner).get(_RUN)
     seen = _generating.seen
     if seen is not None and run in seen:
@@ -259,7 +264,7 @@ def _acts(hooks: dict[int, Callable[..., Any]]) -> bool:
     """Whether one of `hooks` is more than an idle recorder of transformers."""
     return bool(
         output_capturing._active_collector.get()  # type: ignore[no-untyped-call]
-    ) or any(getattr(hook, "__code__", None) is not _RECORDER for hook in hooks.values())
+    ) or any(getattr(hook, "__code__", 0) is not _RECORDER for hook in hooks.values())
 
 
 def _plain(x: Tensor) -> bool:
@@ -271,7 +276,6 @@ def _plain(x: Tensor) -> bool:
         and x.numel() > 0
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
 
 
@@ -319,6 +323,9 @@ def _forms(model: nn.Module, name: str, layers: nn.ModuleList, done: swap.Report
     forms: list[Form] = []
     with torch.no_grad():
         for i, layer in enumerate(layers):
+            if isinstance(layer, FusedDecoder):
+                forms.append(layer.fused_form)
+                continue
             found = find(model, f"{name}.{i}", layer)
             if isinstance(found, Form):
                 kind = swap.subclass(FusedDecoder, type(layer), fused_form=found)

@@ -172,9 +172,9 @@ def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
     tables = rope._tables(model, f"{name}.{attn_name}")
     if isinstance(attn, rope.FusedRope) and not tables:
         return "no table of its RoPE was found"
-    small = _small(layer, parts)
     x = swap.random(swap.generator(), 1, 6, _HIDDEN)
     try:
+        small = _small(layer, parts)
         expected = _run(small, parts, x, tables)
     except Exception as error:  # it is foreign code
         return f"its forward refused a test input: {error}"
@@ -266,7 +266,8 @@ def _check_complete(layer: nn.Module, form: Form) -> None:
             continue
         if not isinstance(module, (norm.FusedNorm, norm.FusedLayerNorm)):
             raise _UnknownError("it has a norm that was not recognised")
-        if module.weight is None or module.weight.dim() != 1:
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() != 1:
             raise _UnknownError("it has a norm without a weight, or with one for each head")
     known = {id(p) for m in parts for p in m.parameters()}
     if any(id(p) not in known for p in layer.parameters()) or list(layer.buffers()):
@@ -392,7 +393,10 @@ def _agrees(
 ) -> bool:
     """Whether the op gives the same, the prompt in two pieces."""
     with torch.no_grad():
-        stack = functional.decoder_stack([form.described(small, functional.pack_linear)])
+        try:
+            stack = functional.decoder_stack([form.described(small, functional.pack_linear)])
+        except (TypeError, ValueError, RuntimeError):
+            return False  # such as an activation that the op has only without a gate
         tokens = x.shape[1]
         caches = [torch.zeros(form.kv_heads, tokens, form.head_dim) for _ in range(2)]
         slots = torch.arange(tokens)

@@ -21,7 +21,6 @@ class Explains(nn.Module):
         """As nn.Module.
 
         Raises:
-            TypeError: a cache that is a tuple.
             ValueError: no token, or more tokens than the model has positions.
         """
         if torch.compiler.is_compiling():
@@ -60,11 +59,6 @@ def _reason(
         return None
     given |= given.pop("kwargs", {})
     cache = given.get("past_key_values")
-    if isinstance(cache, (tuple, list)):
-        return TypeError(
-            f"past_key_values is a {type(cache).__name__}, as in transformers 4, but must be a "
-            "cache, such as lmfuse.generation.Cache(model.config) or transformers.DynamicCache()"
-        )
     if (reason := _empty(given)) is not None:
         return reason
     if not isinstance(error, (IndexError, ValueError)) and "bounds" not in str(error):

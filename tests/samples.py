@@ -146,7 +146,20 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "attention_indirect_step": lambda: [
         # Before the first token, for later it writes what it is given, and into a cache that is
         # then full, for the rest is what the memory held.
-        (_heads(4), _heads(2), _heads(2), *_placeholder(), mask, None, 0.25, True, 2, cap, 0)
+        (
+            _heads(4),
+            _heads(2),
+            _heads(2),
+            *_placeholder(),
+            mask,
+            None,
+            0.25,
+            True,
+            2,
+            cap,
+            0,
+            cap > 0,
+        )
         for mask, cap in ((None, 0.0), (torch.ones(2, 1, 1, 3, dtype=torch.bool), 2.0))
     ],
     "attention_indirect": lambda: [

@@ -382,7 +382,7 @@ def test_token_latency(stock: Any, inputs: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(("dtype", "group_size"), [("INT8", -1), ("INT4", 64)])
+@pytest.mark.parametrize(("dtype", "group_size"), [("INT8", -1), ("INT8", 64)])
 def test_weight_only_quantization(stock: Any, inputs: Any, dtype: str, group_size: int) -> None:
     from intel_extension_for_pytorch.quantization import WoqWeightDtype, convert, prepare
 
@@ -397,4 +397,4 @@ def test_weight_only_quantization(stock: Any, inputs: Any, dtype: str, group_siz
         found = converted_model(**inputs).logits[0, -1].float()
         expected = stock(**inputs).logits[0, -1]
     error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    assert error < (0.15 if dtype == "INT8" else 0.5)  # bfloat16 alone: 0.06
+    assert error < 0.15  # bfloat16 alone: 0.06

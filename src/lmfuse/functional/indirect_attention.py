@@ -31,13 +31,14 @@ LayerPast = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _op_indirect = ops.attention_indirect.default
 
-# It writes the caches in place and returns them while they do not grow. No schema can say "the
-# same or another", so it says nothing, and a caller goes on with what was returned.
+# Unless `fresh`, it writes the caches in place and returns them while they do not grow. No schema
+# can say "the same or another", so it says nothing, and a caller goes on with what was returned.
 torch.library.define(
     "lmfuse::attention_indirect_step",
     "(Tensor query, Tensor key, Tensor value, Tensor seq_info, Tensor key_cache,"
     " Tensor value_cache, Tensor beam_idx, Tensor? mask, Tensor? sinks, float scale, bool causal,"
-    " int window, float softcap, int rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int window, float softcap, int rows, bool fresh)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _op_step = ops.attention_indirect_step.default
 
@@ -96,7 +97,7 @@ def indirect_access_kv_cache_attention(
     if layer_past is not None and seq_info is None and _traced():
         given = (query, key, value, *layer_past, attention_mask)
         out, *present = call(
-            _op_step, *given, None, scale, add_casual_mask, 0, 0.0, text_max_length
+            _op_step, *given, None, scale, add_casual_mask, 0, 0.0, text_max_length, _fresh()
         )
         return out.transpose(1, 2), None, cast(LayerPast, tuple(present))
     options = {"causal": add_casual_mask, "scale": scale}
@@ -110,6 +111,12 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or bool(
         torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
+
+
+def _fresh() -> bool:
+    """Whether the caches are copied at each step: what torch.compile and torch.export hold may
+    neither write into its arguments nor return them. torch.jit's graphs append in place."""
+    return torch.compiler.is_compiling()
 
 
 def indirect_cache_attention(
@@ -159,6 +166,7 @@ def indirect_cache_attention(
         0 if window is None else window,
         softcap,
         text_max_length,
+        _fresh(),
     )
     return out, cast(LayerPast, tuple(present))
 
@@ -380,6 +388,7 @@ def _op_step_impl(
     window: int,
     softcap: float,
     rows: int,
+    fresh: bool,
 ) -> tuple[Tensor, ...]:
     _attention.heads("query", query, "[batch, seq, heads, dim]")
     past = _past_length((seq_info, key_cache, value_cache, beam_idx), None)
@@ -396,6 +405,8 @@ def _op_step_impl(
             mask = near if mask is None else mask & near
     options |= {"causal": causal, "scale": scale}
     layer_past = (seq_info, key_cache, value_cache, beam_idx)
+    if fresh:
+        layer_past = (seq_info, key_cache.clone(), value_cache.clone(), beam_idx.clone())
     out, present = _step(query, key, value, layer_past, past, mask, rows, options)
     return out, *present
 
@@ -424,6 +435,7 @@ def _(
     window: int,
     softcap: float,
     rows: int,
+    fresh: bool,
 ) -> tuple[Tensor, ...]:
     seq, past = query.shape[1], seq_info.shape[-2]
     length = past + seq

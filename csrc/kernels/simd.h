@@ -34,7 +34,7 @@ struct bf16_t {
 struct f16_t {
   uint16_t bits;
 };
-struct i8_t {  // loads only, as the fp8 types
+struct i8_t {  // stores take integers in its range; the fp8 types have loads only
   int8_t bits;
 };
 struct e5m2_t {

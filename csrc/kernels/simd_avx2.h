@@ -197,6 +197,12 @@ LMFUSE_LOAD_BYTES(i8_t)
 LMFUSE_LOAD_BYTES(e5m2_t)
 LMFUSE_LOAD_BYTES(e4m3_t)
 #undef LMFUSE_LOAD_BYTES
+LMFUSE_INLINE void store(i8_t* p, Vec a) {
+  const __m256i words = _mm256_cvtps_epi32(a.v);
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+}
 
 template <class T>
 LMFUSE_INLINE void store_low(T* p, Vec a, Vec b) {

@@ -212,6 +212,9 @@ LMFUSE_LOAD_BYTES(i8_t)
 LMFUSE_LOAD_BYTES(e5m2_t)
 LMFUSE_LOAD_BYTES(e4m3_t)
 #undef LMFUSE_LOAD_BYTES
+LMFUSE_INLINE void store(i8_t* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
 
 LMFUSE_INLINE void store_low(float* p, Vec a, Vec b) {
   store(p, a);

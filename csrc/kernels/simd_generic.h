@@ -108,6 +108,7 @@ LMFUSE_INLINE float widen(e4m3_t x) {
   return widen(f16_t{static_cast<uint16_t>((x.bits & 0x80) << 8 | magnitude)}) * 256.0f;
 }
 LMFUSE_INLINE void narrow(float* p, float x) { *p = x; }
+LMFUSE_INLINE void narrow(i8_t* p, float x) { p->bits = static_cast<int8_t>(x); }
 LMFUSE_INLINE void narrow(bf16_t* p, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u);

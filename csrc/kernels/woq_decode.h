@@ -1,8 +1,8 @@
-// Blocks of a quantized panel (layout in kernels.h) as fp32, as bf16 or as bytes: what the tiles
+// Codes of a quantized panel (layout in kernels.h) as fp32, as bf16 or as bytes: what the tiles
 // multiply. Declared micro-kernel: this file may name instructions.
 #pragma once
 
-#include "gemm_tile.h"
+#include "woq_block.h"
 
 namespace lmfuse::LMFUSE_ISA {
 namespace {
@@ -28,88 +28,6 @@ alignas(64) constexpr float kNf4[16] = {
 };
 
 constexpr int64_t nibble_shift(int64_t k) { return k % 2 * 16 + k / 2 * 4; }
-
-// Where in a panel a block lies: columns [k0, k0 + k), which share the scales.
-struct WoqPlace {
-  int64_t index, k0, k, group, scales, codes;
-};
-
-// The blocks of a format, one after the other: divisions take longer than small blocks.
-class WoqBlocks {
- public:
-  LMFUSE_INLINE explicit WoqBlocks(const WoqFormat& f)
-      : columns_(woq_block(f)),
-        group_(f.group),
-        width_(f.packed_k()),
-        scale_bytes_(f.scale_bytes()),
-        code_bytes_(f.code_bytes(columns_)),
-        at_{0, 0, columns_ < f.k ? columns_ : width_, 0, 0, scale_bytes_} {}
-
-  LMFUSE_INLINE explicit operator bool() const { return at_.k0 < width_; }
-  LMFUSE_INLINE const WoqPlace& operator*() const { return at_; }
-  LMFUSE_INLINE void operator++() {
-    ++at_.index;
-    at_.k0 += columns_;
-    at_.codes += code_bytes_;
-    if (at_.k0 == (at_.group + 1) * group_) {
-      ++at_.group;
-      at_.scales = at_.codes;
-      at_.codes += scale_bytes_;
-    }
-    if (width_ - at_.k0 < columns_) at_.k = width_ - at_.k0;
-  }
-
- private:
-  int64_t columns_, group_, width_, scale_bytes_, code_bytes_;
-  WoqPlace at_;
-};
-
-// A block of one panel.
-struct WoqBlock {
-  int64_t k0, k;
-  const char *scales, *codes;
-
-  LMFUSE_INLINE WoqBlock(const WoqPlace& at, const char* panel)
-      : k0(at.k0), k(at.k), scales(panel + at.scales), codes(panel + at.codes) {}
-};
-
-// value = (code - zero) * scale + offset
-struct WoqScales {
-  Vec scale[kVecs], zero[kVecs], offset[kVecs];
-};
-
-// shift: what the codes were raised by.
-LMFUSE_INLINE WoqScales load_scales(const WoqFormat& f, const WoqBlock& block, float shift) {
-  WoqScales s;
-  with_type(f.scale_type, [&](auto t) LMFUSE_LAMBDA {
-    const auto* from = reinterpret_cast<const decltype(t)*>(block.scales);
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      s.scale[v] = load(from + v * kLanes);
-      s.zero[v] = broadcast(shift);
-      s.offset[v] = broadcast(0.0f);
-      if (f.zero == WoqZero::zero) s.zero[v] = load(from + kPanel + v * kLanes) + broadcast(shift);
-      if (f.zero == WoqZero::offset) s.offset[v] = load(from + kPanel + v * kLanes);
-    }
-  });
-  return s;
-}
-
-// The next lines of the panel: strictly one after the other. Where decoding fills the time between
-// two lines, AMX machines read 12 to 15 % faster 2 KB ahead than 8 (1 and 4 KB: 2 % slower).
-LMFUSE_INLINE void fetch_ahead(const char* codes) {
-#if defined(LMFUSE_TILES)
-  constexpr int64_t kDistance = 2048;
-#else
-  constexpr int64_t kDistance = Ahead::kDistance;
-#endif
-  __builtin_prefetch(codes + kDistance);
-  __builtin_prefetch(codes + kDistance + 64);
-}
-
-constexpr float middle(const WoqFormat& f) {
-  return f.kind == WoqKind::int4 && f.zero == WoqZero::none ? 8.0f : 0.0f;
-}
 
 // to[k][32] = f(words, i), code i of each word.
 template <int kCodes, class F>
@@ -158,12 +76,10 @@ LMFUSE_INLINE void decode_f32(const WoqFormat& f, const WoqBlock& block, float* 
   }
 }
 
-// Codes as bytes [k / 4][32][4]; of each 8 columns of nibbles, 0, 4, 1, 5 and then 2, 6, 3, 7.
-LMFUSE_INLINE const char* decode_int8(const WoqFormat& f, const WoqBlock& block, char* to) {
-  if (!f.nibbles()) return block.codes;
+// Nibbles as bytes [k / 4][32][4]: of each 8 columns 0, 4, 1, 5 and then 2, 6, 3, 7.
+LMFUSE_INLINE void decode_nibbles(const char* codes, int64_t k, char* to) {
   constexpr uint32_t kNibbles = 0x0f0f0f0f;
-  const char *codes = block.codes, *begin = to;
-  for (int64_t k = 0; k < block.k; k += 8, codes += 4 * kPanel, to += 8 * kPanel) {
+  for (; k > 0; k -= 8, codes += 4 * kPanel, to += 8 * kPanel) {
     fetch_ahead(codes);
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
@@ -172,7 +88,6 @@ LMFUSE_INLINE const char* decode_int8(const WoqFormat& f, const WoqBlock& block,
       store_words(to + 4 * (kPanel + v * kLanes), words >> 4 & kNibbles);
     }
   }
-  return begin;
 }
 
 #if defined(__AVX512BF16__)
@@ -191,31 +106,26 @@ constexpr float kInt4[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 1
 constexpr float kInt4Middle[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 constexpr Bf16Table kBf16Int4(kInt4), kBf16Int4Middle(kInt4Middle), kBf16Nf4(kNf4);
 
-// Decoders of 8 columns, to pairs of columns as gemm_tile.h takes bf16: codes less the middle,
-// exactly (those of nf4 rounded).
+// Decoders of 64 bytes, 16 channels, to pairs of columns as gemm_tile.h takes bf16: codes less the
+// middle, exactly (those of nf4 rounded). kColumns: of 128 bytes, all channels of a panel.
 struct NibblesToBf16 {
-  static constexpr int64_t kBytes = 4 * kPanel;
+  static constexpr int kColumns = 8, kPairs = 4;
   __m512i table;
 
   LMFUSE_INLINE explicit NibblesToBf16(const Bf16Table& values)
       : table(_mm512_load_si512(values.bits)) {}
-  LMFUSE_INLINE void operator()(const char* codes, char* to) const {
-    fetch_ahead(codes);
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      const __m512i words = _mm512_loadu_si512(codes + 64 * v);
+  LMFUSE_INLINE void operator()(const char* codes, __m512i (&pairs)[kPairs]) const {
+    const __m512i words = _mm512_loadu_si512(codes);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        _mm512_storeu_si512(to + 128 * i + 64 * v,
-                            _mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * i), table));
-    }
+    for (int i = 0; i < kPairs; ++i)
+      pairs[i] = _mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * i), table);
   }
 };
 
 // A byte shifted to the top of a word is 2^24 times its value; as fp32 its lower half is zero, and
 // the exponent of its upper half, if it is not zero as a whole, is 24 too large.
 struct Int8ToBf16 {
-  static constexpr int64_t kBytes = 8 * kPanel;
+  static constexpr int kColumns = 4, kPairs = 2;
   __m512i to_top[4];
 
   LMFUSE_INLINE Int8ToBf16() {
@@ -232,41 +142,27 @@ struct Int8ToBf16 {
     const __m512i both = _mm512_or_si512(_mm512_srli_epi32(wide(first), 16), wide(first + 1));
     return _mm512_subs_epu16(both, _mm512_set1_epi16(24 << 7));
   }
-  LMFUSE_INLINE void operator()(const char* codes, char* to) const {
-#pragma GCC unroll 2
-    for (int k = 0; k < 2; ++k, codes += 128, to += 256) {
-      fetch_ahead(codes);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        const __m512i words = _mm512_loadu_si512(codes + 64 * v);
-        _mm512_storeu_si512(to + 64 * v, pair(words, 0));
-        _mm512_storeu_si512(to + 128 + 64 * v, pair(words, 2));
-      }
-    }
+  LMFUSE_INLINE void operator()(const char* codes, __m512i (&pairs)[kPairs]) const {
+    const __m512i words = _mm512_loadu_si512(codes);
+    pairs[0] = pair(words, 0);
+    pairs[1] = pair(words, 2);
   }
 };
 
 // By way of fp32: four channels of four columns at a time.
 struct Fp8ToBf16 {
-  static constexpr int64_t kBytes = 8 * kPanel;
+  static constexpr int kColumns = 4, kPairs = 2;
 
-  LMFUSE_INLINE void operator()(const char* codes, char* to) const {
+  LMFUSE_INLINE void operator()(const char* codes, __m512i (&pairs)[kPairs]) const {
+    const auto* from = reinterpret_cast<const e4m3_t*>(codes);
+    Vec halves[2], first, second;
 #pragma GCC unroll 2
-    for (int k = 0; k < 2; ++k, codes += 128, to += 256) {
-      fetch_ahead(codes);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        const auto* from = reinterpret_cast<const e4m3_t*>(codes + 64 * v);
-        Vec halves[2], first, second;
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h)
-          halves[h] = bit_cast<Vec>(_mm512_cvtne2ps_pbh(load(from + 32 * h + 16).v,  //
-                                                        load(from + 32 * h).v));
-        deinterleave(halves[0], halves[1], first, second);
-        store(reinterpret_cast<float*>(to + 64 * v), first);
-        store(reinterpret_cast<float*>(to + 128 + 64 * v), second);
-      }
-    }
+    for (int h = 0; h < 2; ++h)
+      halves[h] = bit_cast<Vec>(_mm512_cvtne2ps_pbh(load(from + 32 * h + 16).v,  //
+                                                    load(from + 32 * h).v));
+    deinterleave(halves[0], halves[1], first, second);
+    pairs[0] = bit_cast<__m512i>(first);
+    pairs[1] = bit_cast<__m512i>(second);
   }
 };
 
@@ -288,7 +184,17 @@ LMFUSE_INLINE void with_bf16_decoder(const WoqFormat& f, F use) {
 // Columns in multiples of 8.
 template <class Decoder>
 LMFUSE_INLINE void decode_bf16(const Decoder& decode, const char* codes, int64_t k, char* to) {
-  for (; k > 0; k -= 8, codes += Decoder::kBytes, to += 16 * kPanel) decode(codes, to);
+  for (; k > 0; k -= Decoder::kColumns, codes += 128, to += Decoder::kPairs * 128) {
+    fetch_ahead(codes);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      __m512i pairs[Decoder::kPairs];
+      decode(codes + 64 * v, pairs);
+#pragma GCC unroll 4
+      for (int i = 0; i < Decoder::kPairs; ++i)
+        _mm512_storeu_si512(to + 128 * i + 64 * v, pairs[i]);
+    }
+  }
 }
 
 #endif

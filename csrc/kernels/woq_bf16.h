@@ -1,0 +1,119 @@
+// Rows of bf16 by the codes of a panel, by VDPBF16PS: the sums of a block stay in registers until
+// they are scaled. Declared micro-kernel: this file may name instructions.
+#pragma once
+
+#include "woq_decode.h"
+
+#if defined(__AVX512BF16__) && !defined(LMFUSE_TILES)
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+constexpr int kFewBf16Rows = 8;   // 16 sums, and 8 decoded vectors
+constexpr int kManyBf16Rows = 12;
+
+template <int R>
+using Bf16Sums = __m512[R][2];
+
+template <int R>
+LMFUSE_INLINE void pair_of_columns(Bf16Sums<R>& acc, const XRows<R>& x, int64_t column, __m512i b0,
+                                   __m512i b1) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const __m512bh xr = bit_cast<__m512bh>(_mm512_set1_epi32(x.four(r, 2 * column)));
+    acc[r][0] = _mm512_dpbf16_ps(acc[r][0], xr, bit_cast<__m512bh>(b0));
+    acc[r][1] = _mm512_dpbf16_ps(acc[r][1], xr, bit_cast<__m512bh>(b1));
+  }
+}
+
+template <int R>
+LMFUSE_INLINE void clear(Bf16Sums<R>& acc) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+}
+
+template <int R>
+LMFUSE_INLINE void add_bf16_block(const Stretch& s, const WoqBlock& block, int64_t index,
+                                  const Bf16Sums<R>& acc) {
+  add_block<R>(
+      s, block, index, 0.0f, [&](int r, int v) LMFUSE_LAMBDA { return Vec{acc[r][v]}; },
+      [](int) LMFUSE_LAMBDA { return 1.0f; });
+}
+
+LMFUSE_INLINE const char* bf16_rows(const Stretch& s) {
+  return static_cast<const char*>(s.args.x) + s.row * s.args.lda * 2;
+}
+
+// The next kBlocks blocks, of equal length, side by side: a chain of its own for each hides the
+// latency of VDPBF16PS. Lines are fetched in their order all the same.
+template <int R, int kBlocks, class Decoder>
+LMFUSE_INLINE void bf16_blocks(const Stretch& s, const Decoder& decode, WoqBlocks& at) {
+  const int64_t first = (*at).index, k0 = (*at).k0, length = (*at).k;
+  const char* fetched = s.panel + (*at).codes + Ahead::kDistance - 64;  // with the scales
+  Bf16Sums<R> acc[kBlocks];
+  const char *b[kBlocks], *scales[kBlocks];
+#pragma GCC unroll 4
+  for (int i = 0; i < kBlocks; ++i, ++at) {
+    const WoqBlock block(*at, s.panel);
+    b[i] = block.codes;
+    scales[i] = block.scales;
+    clear<R>(acc[i]);
+  }
+  XRows<R> x(bf16_rows(s) + 2 * k0, s.args.lda * 2);
+  for (int64_t k = 0; k < length; k += Decoder::kColumns) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kBlocks; ++i) {
+      __builtin_prefetch(fetched);
+      __builtin_prefetch(fetched + 64);
+      fetched += 128;
+      __m512i low[Decoder::kPairs], high[Decoder::kPairs];
+      decode(b[i], low);
+      decode(b[i] + 64, high);
+      b[i] += 128;
+#pragma GCC unroll 4
+      for (int p = 0; p < Decoder::kPairs; ++p)
+        pair_of_columns<R>(acc[i], x, i * length + 2 * p, low[p], high[p]);
+    }
+    x.advance(2 * Decoder::kColumns);
+  }
+  for (; fetched < b[kBlocks - 1] + Ahead::kDistance; fetched += 64) __builtin_prefetch(fetched);
+#pragma GCC unroll 4
+  for (int i = 0; i < kBlocks; ++i) {
+    const WoqBlock block({first + i, 0, 0, 0, scales[i] - s.panel, 0}, s.panel);
+    add_bf16_block<R>(s, block, first + i, acc[i]);
+  }
+}
+
+// Few rows: codes are decoded as they are read.
+template <int R, class Decoder>
+void few_bf16_rows(const Stretch& s, const Decoder& decoder) {
+  constexpr int kBlocks = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+  const Decoder decode = decoder;
+  const int64_t columns = kBlocks * woq_block(s.args.format);
+  WoqBlocks at = s.from;
+  while ((*at).k0 + columns <= s.end) bf16_blocks<R, kBlocks>(s, decode, at);
+  while ((*at).k0 < s.end) bf16_blocks<R, 1>(s, decode, at);
+}
+
+// Many rows: the codes are decoded already.
+template <int R>
+void many_bf16_rows(const Stretch& s) {
+  const char* b = s.codes;
+  Ahead ahead = s.ahead;
+  for (WoqBlocks at = s.from; (*at).k0 < s.end; ++at) {
+    const WoqBlock block(*at, s.panel);
+    Bf16Sums<R> acc;
+    clear<R>(acc);
+    XRows<R> x(bf16_rows(s) + 2 * block.k0, s.args.lda * 2);
+    for (int64_t k = block.k; k > 0; k -= 2, b += 128, x.advance(4)) {
+      ahead.step();
+      pair_of_columns<R>(acc, x, 0, _mm512_loadu_si512(b), _mm512_loadu_si512(b + 64));
+    }
+    add_bf16_block<R>(s, block, (*at).index, acc);
+  }
+}
+
+}  // namespace
+}  // namespace lmfuse::LMFUSE_ISA
+
+#endif

@@ -16,6 +16,8 @@ from lmfuse.bench import limits, model, models
 from lmfuse.bench.model import ModelCase, ModelRunner, work
 from lmfuse.bench.models import MODELS
 from lmfuse.cli import _bench_model, app
+from lmfuse.modules import QuantizedLinear
+from lmfuse.quantization import WeightOnlyConfig
 
 SIZES = {
     "vocab_size": 96,
@@ -45,14 +47,31 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_work_counts_what_a_token_needs(optimized: bool) -> None:
     made = tiny(torch.bfloat16)
     counted = work(hf.optimize(made) if optimized else made)
-    assert counted.products == PRODUCTS
-    assert counted.head == 96 * 32
+    assert counted.products == {"bf16": PRODUCTS}
+    assert (counted.head, counted.head_unit) == (96 * 32, "bf16")
     assert counted.weights == 2 * (PRODUCTS + 96 * 32)
     assert counted.cached == 2 * 2 * 2 * 8 * 2
     case = ModelCase(batch=3, beams=2, prompt=4, new=6)
     # 1 + 2 + 3 + 4 keys are seen, each by 4 heads of 8, for the score and for the sum.
-    assert counted.first_flops(case) == 2 * 3 * (4 * PRODUCTS + 96 * 32 + 10 * 2 * 2 * 4 * 8)
+    flops = 2 * 3 * (4 * PRODUCTS + 96 * 32 + 10 * 2 * 2 * 4 * 8)
+    assert counted.first_flops(case, {"bf16": 7.0}, "bf16") == flops
     assert counted.next_bytes(case) == counted.weights + counted.cached * (3 * 4 + 3 * 2 * 3)
+
+
+def test_work_of_quantized_weights_is_that_of_their_bytes() -> None:
+    made = tiny(torch.bfloat16)
+    ours = hf.optimize(made, quantization_config=WeightOnlyConfig(8, compute="int8"))
+    first = ours.model.layers[0]
+    first.mlp.up_proj.compute = "bf16"
+    first.mlp.down_proj = nn.Linear(48, 32, bias=False, dtype=torch.bfloat16)
+    counted = work(ours)
+    assert counted.products == {"int8": PRODUCTS - 2 * 32 * 48, "bf16": 2 * 32 * 48}
+    assert (counted.head, counted.head_unit) == (96 * 32, "int8")
+    layers = [m for m in ours.modules() if isinstance(m, QuantizedLinear)]
+    assert counted.weights == sum(m.weight.numel() for m in layers) + 2 * 32 * 48
+    peaks = {"int8": 20.0, "bf16": 10.0}
+    flops = (PRODUCTS - 3072) / 2 + 3072 + 96 * 32 / 2 + 2 * 2 * 4 * 8
+    assert counted.first_flops(ModelCase(prompt=1), peaks, "bf16") == 2 * flops
 
 
 def test_random_weights_make_a_whole_model() -> None:
@@ -72,6 +91,8 @@ def test_both_write_the_same_in_float32(small: None) -> None:
         assert ours.same == case.new + 1
         assert stock.same is None
         assert min(ours.first, stock.first) > 0
+        assert ours.outside is not None and 0 < ours.outside < 1
+        assert stock.outside is None
         assert ours.decode == case.batch / ours.next
 
 
@@ -93,6 +114,25 @@ def test_bench_model_prints_and_writes(small: None, tmp_path: Path) -> None:
         ("tiny", "lmfuse"),
     ] * 2
     assert found[0]["limits"]["read"] > 0
+
+
+def test_bench_model_quantized_and_alone(small: None, tmp_path: Path) -> None:
+    file = tmp_path / "models.json"
+    words = ["bench", "model", "--models", "tiny", "--dtype", "float32", "--json", str(file)]
+    words += ["--woq", "int8, int4", "--no-stock", "--prompt", "5"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "int4: of 15 layers compute" in " ".join(result.stdout.split())
+    found = json.loads(file.read_text())["models"]
+    assert [r["contender"] for r in found] == ["lmfuse", "lmfuse int8", "lmfuse int4"]
+    assert all(r["case"]["prompt"] == 5 and r["same"] is None for r in found)
+
+
+def test_an_unknown_kind_of_weights_is_one_message() -> None:
+    result = CliRunner().invoke(app, ["bench", "model", "--woq", "int3"])
+    assert result.exit_code == 2
+    assert "int3" in result.output
+    assert "Traceback" not in result.output
 
 
 def test_an_unknown_model_is_one_message() -> None:

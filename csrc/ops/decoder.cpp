@@ -32,41 +32,25 @@ class Buffers {
   std::optional<Tensor> memory_;
 };
 
-Matrix rows_matrix(void* data, DType type, int64_t rows, int64_t stride) {
-  Matrix m{data, type, {}};
-  m.rows.dims = 1;
-  m.rows.size[0] = rows;
-  m.rows.stride[0] = stride;
-  return m;
-}
-
-// Rows that lie a multiple of 1 KB apart share few sets of the first-level cache.
-int64_t row_stride(int64_t width, int64_t rows) {
-  const int64_t padded = (width + kDotStep - 1) / kDotStep * kDotStep;
-  return rows > 1 ? padded + 32 : padded;
-}
-
 // Rows of k for the products that follow; joint: all workers write them together.
 DecoderStage stage(Buffers& b, const DecoderCall& c, int64_t k, bool joint, int64_t threads) {
-  const GemmFormat format = kernels().gemm_format(c.type, c.rows());
-  DecoderStage s{};
-  s.stride = s.lda = row_stride(k, c.rows());
-  s.rows_type = format.type;
-  const int64_t copies = c.alone() ? threads : 1, size = c.rows() * s.stride;
-  s.data_step = !joint && copies > 1 ? size * c.element() : 0;
-  s.data = s.rows = b.take((joint ? 1 : copies) * size * c.element());
-  s.rows_step = s.data_step;
-  if (format.type != c.type) {
-    const int64_t element = format.type == DType::f32 ? 4 : 2;
-    s.rows_step = copies > 1 ? size * element : 0;
-    s.rows = b.take(copies * size * element);
-  } else if (s.data && k % format.k_multiple) {  // what lies beyond k is multiplied by zeros
-    for (char* copy = s.data; copy < s.data + (joint ? 1 : copies) * size * c.element();
-         copy += size * c.element())
-      for (int64_t r = 0; r < c.rows(); ++r)
-        std::memset(copy + (r * s.stride + k) * c.element(), 0, (s.stride - k) * c.element());
-  }
+  const int64_t copies = c.alone() && !joint ? threads : 1, stride = row_stride(k, c.rows());
+  const int64_t row = stride * c.element(), size = c.rows() * row;
+  DecoderStage s{b.take(copies * size), stride, copies > 1 ? size : 0};
+  if (s.data && k % kDotStep)  // what lies beyond k is multiplied by zeros
+    for (char* at = s.data; at < s.data + copies * size; at += row)
+      std::memset(at + k * c.element(), 0, row - k * c.element());
   return s;
+}
+
+// What the products of all layers need: bytes of a form of their rows, and of scratch.
+void size_rows(DecoderCall& c) {
+  for (const DecoderLayer& l : c.layers)
+    l.each_linear([&](const DecoderLinear& linear) {
+      const DecoderRows rows(linear, c.type, c.rows(), &linear == &l.gate && l.joined());
+      c.ready_each = std::max(c.ready_each, rows.bytes());
+      c.scratch_step = std::max(c.scratch_step, (rows.scratch_bytes() + 63) / 64 * 64);
+    });
 }
 
 void carve(Buffers& b, DecoderCall& c, int64_t threads) {
@@ -74,6 +58,9 @@ void carve(Buffers& b, DecoderCall& c, int64_t threads) {
   c.normed = stage(b, c, c.hidden, false, threads);
   c.attended = stage(b, c, l.attended(), true, threads);
   c.inner = stage(b, c, l.inner(), true, threads);
+  const int64_t forms = DecoderProducts::kMost * c.ready_each;
+  c.ready = b.take((c.alone() ? threads : 1) * forms);
+  c.ready_step = c.alone() ? forms : 0;
   const auto wide = [&](int64_t width) {
     const int64_t stride = row_stride(width, c.rows());
     return rows_matrix(b.take(c.rows() * stride * c.element()), c.type, c.rows(), stride);
@@ -82,8 +69,7 @@ void carve(Buffers& b, DecoderCall& c, int64_t threads) {
   c.branch = wide(c.hidden);
   c.middle = wide(c.hidden);
   if (l.gated) c.gate_up = wide(2 * l.inner());
-  c.scratch_step = kernels().gemm_format(c.type, c.rows()).scratch_rows * kPanel * 2;
-  c.scratch = reinterpret_cast<float*>(b.take(threads * c.scratch_step * 4));
+  c.scratch = b.take(threads * c.scratch_step);
   c.attention_scratch_step = (kernels().attention_scratch(c.attention) + 63) / 64 * 64;
   c.attention_scratch = b.take(threads * c.attention_scratch_step);
   c.attention.partials =
@@ -207,16 +193,21 @@ Tensor decoder(Tensor hidden_states, int64_t stack, std::vector<Tensor> caches, 
                "hidden_states must be a CPU tensor [batch, tokens, hidden], and not be empty");
   if (!hidden_states.is_contiguous()) hidden_states = torch::stable::contiguous(hidden_states);
   const std::shared_ptr<const DecoderStack> known = DecoderStack::find(stack);
-  const DecoderCaches arenas(caches, known->layers());
+  const DType type = dtype(hidden_states, "hidden_states");
   const DecoderLayer& first = known->layers()[0];
+  LMFUSE_CHECK_VALUE(hidden_states.size(2) == first.hidden(), "hidden_states must have ",
+                     first.hidden(), " features");
+  for (const DecoderLayer& l : known->layers())
+    l.each_linear([&](const DecoderLinear& linear) {
+      LMFUSE_CHECK_VALUE(linear.quantized || linear.type == type,
+                         "hidden_states must have the dtype of the weights");
+    });
+  const DecoderCaches arenas(caches, known->layers(), type);
   DecoderCall c{known->layers(), arenas.layers};
   c.batch = hidden_states.size(0);
   c.tokens = hidden_states.size(1);
   c.hidden = hidden_states.size(2);
-  c.type = dtype(hidden_states, "hidden_states");
-  LMFUSE_CHECK_VALUE(c.hidden == first.hidden() && c.type == first.type(),
-                     "hidden_states must have ", first.hidden(),
-                     " features, and the dtype of the weights");
+  c.type = type;
   bool rotates = false;
   for (const DecoderLayer& l : c.layers) rotates = rotates || l.rotary_dim;
   std::optional<RopeTable> table;
@@ -234,6 +225,7 @@ Tensor decoder(Tensor hidden_states, int64_t stack, std::vector<Tensor> caches, 
   c.x = rows_matrix(const_cast<void*>(hidden_states.const_data_ptr()), c.type, c.rows(), c.hidden);
   c.y = rows_matrix(y.mutable_data_ptr(), c.type, c.rows(), c.hidden);
   const int64_t threads = team_size(c);
+  size_rows(c);
   const Buffers buffers([&](Buffers& b) { carve(b, c, threads); });
   c.attention.query = c.projected.data;
   c.attention.out = c.attended.data;

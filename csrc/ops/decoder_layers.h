@@ -11,6 +11,7 @@
 
 #include "kv.h"
 #include "packed.h"
+#include "quantized.h"
 
 namespace lmfuse {
 
@@ -23,8 +24,23 @@ struct DecoderNorm {
 };
 
 struct DecoderLinear {
-  Packed weight;  // n 0: there is none
+  int64_t n, k;  // n 0: there is none
+  const char* panels;
   Vector bias;
+  DType type;  // of a packed weight
+  bool quantized;
+  Quantized weight;  // of a quantized one
+  WoqHow how;
+
+  // Gate and up as one product, whose results are not rounded in between.
+  bool joins(const DecoderLinear& up) const {
+    if (n != up.n || quantized != up.quantized) return false;
+    if (!quantized) return true;
+    const WoqFormat &a = weight.format, &b = up.weight.format;
+    return a.kind == b.kind && a.group == b.group && a.zero == b.zero &&
+           a.scale_type == b.scale_type && how.compute == up.how.compute &&
+           how.block_scales == up.how.block_scales && !weight.order && !up.weight.order;
+  }
 };
 
 struct DecoderLayer {
@@ -39,10 +55,16 @@ struct DecoderLayer {
   int64_t window;  // how far a query sees to the left
   float scale, softcap, residual_scale;
 
-  DType type() const { return query.weight.dtype; }
-  int64_t hidden() const { return query.weight.k; }
+  int64_t hidden() const { return query.k; }
   int64_t attended() const { return heads * head_dim; }
-  int64_t inner() const { return down.weight.k; }
+  int64_t inner() const { return down.k; }
+  bool joined() const { return up.n && activation == PostOp::silu && gate.joins(up); }
+  // Those that there are.
+  template <class F>
+  void each_linear(const F& f) const {
+    for (const DecoderLinear* l : {&query, &key, &value, &output, &gate, &up, &down})
+      if (l->n) f(*l);
+  }
 };
 
 // Reads the rows of layout and numbers. The parameters are looked at, and not kept.
@@ -62,7 +84,7 @@ class DecoderReader {
     return all;
   }
 
-  static constexpr int64_t kIntegers = 6 * 3 + 7 * 2 + 11, kNumbers = 6 * 2 + 3;
+  static constexpr int64_t kIntegers = 6 * 3 + 7 * 3 + 11, kNumbers = 6 * 2 + 3;
 
  private:
   int64_t integer(int64_t least, int64_t most, const char* name) {
@@ -105,18 +127,30 @@ class DecoderReader {
   DecoderLinear linear(const char* name) {
     DecoderLinear l{};
     const Tensor* t = parameter(name);
-    if (t) {
-      l.weight = open(*t, name);
+    const int64_t how = integer(-1, 5, "the compute of a linear layer");  // -1: it is packed
+    if (t && how < 0) {
+      const Packed w = open(*t, name);
+      l.n = w.n;
+      l.k = w.k;
+      l.panels = w.panels;
+      l.type = w.dtype;
+    } else if (t) {
+      l.quantized = true;
+      l.weight = open_quantized(*t, name);
+      l.how = checked_how(l.weight, how / 2, how % 2);
+      l.n = l.weight.format.n;
+      l.k = l.weight.k;
+      l.panels = l.weight.panels;
     }
-    int64_t size = l.weight.n;
+    int64_t size = l.n;
     l.bias = vector(name, size);
     LMFUSE_CHECK(t || !l.bias.data, name, " has a bias, but no weight");
     return l;
   }
 
   void fits(const DecoderLinear& l, int64_t n, int64_t k, const char* name) {
-    LMFUSE_CHECK_VALUE(l.weight.n == n && l.weight.k == k, name, " is ", l.weight.n, " by ",
-                       l.weight.k, ", but must be ", n, " by ", k);
+    LMFUSE_CHECK_VALUE(l.n == n && l.k == k, name, " is ", l.n, " by ", l.k, ", but must be ", n,
+                       " by ", k);
   }
   void fits(const DecoderNorm& n, int64_t size, const char* name) {
     LMFUSE_CHECK_VALUE(n.kind == DecoderNorm::none || n.size == size, name, " has ", n.size,
@@ -162,26 +196,23 @@ class DecoderReader {
     LMFUSE_CHECK_VALUE(l.heads % l.kv_heads == 0, "there are ", l.heads, " heads, which ",
                        l.kv_heads, " KV heads do not divide");
     LMFUSE_CHECK_VALUE(l.rotary_dim % 2 == 0, "rotary_dim is ", l.rotary_dim, ", but must be even");
-    LMFUSE_CHECK(l.query.weight.n && l.output.weight.n && l.gate.weight.n && l.down.weight.n,
+    LMFUSE_CHECK(l.query.n && l.output.n && l.gate.n && l.down.n,
                  "query, output, gate and down must be given");
     const int64_t hidden = l.hidden();
-    for (const DecoderLinear* p : {&l.key, &l.value, &l.output, &l.gate, &l.up, &l.down})
-      LMFUSE_CHECK_VALUE(!p->weight.n || p->weight.dtype == l.type(),
-                         "the weights of a layer must have one dtype");
-    l.columns = l.query.weight.n + l.key.weight.n + l.value.weight.n;
+    l.columns = l.query.n + l.key.n + l.value.n;
     const int64_t span = (l.kv_heads - 1) * l.head_stride + l.head_dim;
     LMFUSE_CHECK_VALUE((l.heads - 1) * l.head_stride + l.head_dim <= l.columns &&
                            l.key_column + span <= l.columns && l.value_column + span <= l.columns,
                        "the projections give ", l.columns, " columns, which do not hold ", l.heads,
                        " queries and ", l.kv_heads, " keys and values of ", l.head_dim);
     for (const DecoderLinear* p : {&l.query, &l.key, &l.value})
-      if (p->weight.n) fits(*p, p->weight.n, hidden, "a projection");
+      if (p->n) fits(*p, p->n, hidden, "a projection");
     fits(l.output, hidden, l.attended(), "output");
     fits(l.down, hidden, l.inner(), "down");
     const int64_t inner = l.inner();
-    fits(l.gate, l.gated && !l.up.weight.n ? 2 * inner : inner, hidden, "gate");
-    if (l.up.weight.n) fits(l.up, inner, hidden, "up");
-    LMFUSE_CHECK(l.gated || !l.up.weight.n, "up is given, but the MLP is not gated");
+    fits(l.gate, l.gated && !l.up.n ? 2 * inner : inner, hidden, "gate");
+    if (l.up.n) fits(l.up, inner, hidden, "up");
+    LMFUSE_CHECK(l.gated || !l.up.n, "up is given, but the MLP is not gated");
     LMFUSE_CHECK(!l.gated || l.activation == PostOp::silu || l.activation == PostOp::gelu_erf ||
                      l.activation == PostOp::gelu_tanh,
                  "the activation of a gated MLP must be silu or gelu");
@@ -206,12 +237,12 @@ class DecoderReader {
 
   // Equal in all that the activations and the plan of attention depend on.
   static void alike(const DecoderLayer& a, const DecoderLayer& b) {
-    LMFUSE_CHECK_VALUE(a.hidden() == b.hidden() && a.type() == b.type() && a.heads == b.heads &&
+    LMFUSE_CHECK_VALUE(a.hidden() == b.hidden() && a.heads == b.heads &&
                            a.kv_heads == b.kv_heads && a.head_dim == b.head_dim &&
                            a.head_stride == b.head_stride && a.columns == b.columns &&
                            a.inner() == b.inner() && a.window == b.window && a.gated == b.gated &&
                            a.parallel == b.parallel,
-                       "the layers of one call must have the same sizes, dtype, window and form");
+                       "the layers of one call must have the same sizes, window and form");
   }
 
   const std::vector<Tensor>& parameters_;
@@ -308,7 +339,8 @@ struct DecoderCaches {
   std::vector<DecoderCache> layers;
   int64_t slots;  // that all have
 
-  DecoderCaches(const std::vector<Tensor>& caches, const std::vector<DecoderLayer>& of) {
+  DecoderCaches(const std::vector<Tensor>& caches, const std::vector<DecoderLayer>& of,
+                DType dtype) {
     const size_t count = of.size(), each = caches.size() / count;
     LMFUSE_CHECK((each == 2 || each == 4) && caches.size() == count * each,
                  "caches must be two tensors for each layer, or four with the scales of int8");
@@ -320,7 +352,7 @@ struct DecoderCaches {
       const KvType type = layers[i].key.type;
       LMFUSE_CHECK(
           type == layers[i].value.type &&
-              (type == KvType::i8 || static_cast<int>(type) == static_cast<int>(of[i].type())),
+              (type == KvType::i8 || static_cast<int>(type) == static_cast<int>(dtype)),
           "the caches must have the dtype of hidden_states, or be int8");
     }
   }

@@ -5,25 +5,22 @@
 // own: so a row has the same bits whether it is decoded alone or is part of a prompt.
 #pragma once
 
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
 #include "attention_plan.h"
-#include "decoder_layers.h"
+#include "decoder_rows.h"
 #include "team.h"
 
 namespace lmfuse {
 
-// The activations between two steps. The product that follows reads them where they are, or, if its
-// kernel wants another form, out of `rows`. A step from one worker's copy to the next is 0 where
+// The activations between two steps. From one worker's copy to the next it is `step` bytes, 0 where
 // all work on one.
 struct DecoderStage {
-  char *data, *rows;
-  int64_t stride, lda;  // elements of a row
-  int64_t data_step, rows_step;
-  DType rows_type;
-
-  bool converts() const { return rows != data; }
+  char* data;
+  int64_t stride;  // elements of a row
+  int64_t step;
 };
 
 // All that the workers share, complete before the first of them starts.
@@ -41,7 +38,9 @@ struct DecoderCall {
   AttentionPlan plan;
   std::optional<AttentionShares> shares;
   int64_t first_slot;  // of the one sequence, if it lies in order; else -1
-  float* scratch;      // of the products
+  char* ready;         // rows as products want them, DecoderProducts::kMost forms at a time
+  int64_t ready_each, ready_step;  // bytes of a form, and from one worker's copy to the next
+  char* scratch;                   // of the products
   int64_t scratch_step;
   char* attention_scratch;
   int64_t attention_scratch_step;
@@ -71,49 +70,55 @@ class DecoderWorker {
   }
 
  private:
-  static constexpr int kMostProducts = 3;
+  using Linears = std::initializer_list<const DecoderLinear*>;
 
   // middle = x + o(attention(norm(x))); of a parallel layer only the second part, in branch.
   void attention(const DecoderLayer& l, const DecoderCache& cache, const Matrix& x) {
-    normalize(l.attention_input, x, c_.normed);
-    const DecoderLinear* projections[kMostProducts] = {&l.query, &l.key, &l.value};
-    multiply(c_.normed, projections, l.key.weight.n ? 3 : 1, c_.projected);
+    multiply(normalize(l.attention_input, x, {&l.query, &l.key, &l.value}), c_.projected);
     const auto [begin, end] = w_.share(rows_);
     heads(l, cache, begin, end);
     w_.sync();
     attend(l, cache);
+    DecoderProducts output = collect(c_.attended, {&l.output});
     if (l.parallel) {
-      project(l.output, c_.attended, c_.branch);
+      multiply(output, c_.branch);
     } else {
-      add_branch(l, l.output, l.attention_output, c_.attended, x, c_.middle);
+      add_branch(l, output, l.attention_output, x, c_.middle);
     }
   }
 
   // y = middle + mlp(norm(middle)), or x + branch + mlp(norm(x)).
   void mlp(const DecoderLayer& l, const Matrix& x, const Matrix& y) {
-    normalize(l.mlp_input, l.parallel ? x : c_.middle, c_.normed);
-    activate(l);
-    if (l.parallel) {
-      GemmArgs a = product(l.down, c_.inner, y);
-      a.post = PostOp::add_add;
-      a.other = c_.branch;
-      a.other2 = x;
-      multiply(&a, 1);
+    const Matrix& from = l.parallel ? x : c_.middle;
+    if (l.joined()) {
+      DecoderProducts gate = normalize(l.mlp_input, from, {&l.gate}, true);
+      gate.at[0].post = PostOp::gate_up;
+      gate.at[0].weight2 = l.up.panels;
+      gate.at[0].bias2 = l.up.bias;
+      multiply(gate, matrix(c_.inner));
     } else {
-      add_branch(l, l.down, l.mlp_output, c_.inner, c_.middle, y);
+      activate(l, normalize(l.mlp_input, from, {&l.gate, &l.up}));
+    }
+    DecoderProducts down = collect(c_.inner, {&l.down});
+    if (l.parallel) {
+      down.at[0].post = PostOp::add_add;
+      down.at[0].other = c_.branch;
+      down.at[0].other2 = x;
+      multiply(down, y);
+    } else {
+      add_branch(l, down, l.mlp_output, c_.middle, y);
     }
   }
 
-  // y = residual + scale * norm(linear(from))
-  void add_branch(const DecoderLayer& l, const DecoderLinear& linear, const DecoderNorm& norm,
-                  const DecoderStage& from, const Matrix& residual, const Matrix& y) {
+  // y = residual + scale * norm(product)
+  void add_branch(const DecoderLayer& l, DecoderProducts& product, const DecoderNorm& norm,
+                  const Matrix& residual, const Matrix& y) {
     if (norm.kind == DecoderNorm::none && l.residual_scale == 1.0f) {
-      GemmArgs a = product(linear, from, y);
-      a.post = PostOp::add;
-      a.other = residual;
-      return multiply(&a, 1);
+      product.at[0].post = PostOp::add;
+      product.at[0].other = residual;
+      return multiply(product, y);
     }
-    project(linear, from, c_.branch);
+    multiply(product, c_.branch);
     const auto [begin, end] = w_.share(rows_);
     if (norm.kind != DecoderNorm::none)
       k_.norm(norm_args(norm, c_.branch, c_.branch, c_.hidden), begin, end);
@@ -128,73 +133,82 @@ class DecoderWorker {
   }
 
   Matrix matrix(const DecoderStage& s) const {
-    return matrix(s.data + w_.index * s.data_step, s.stride, c_.type);
+    return rows_matrix(s.data + w_.index * s.step, c_.type, rows_, s.stride);
   }
-  Matrix matrix(void* data, int64_t stride, DType type) const {
-    Matrix m{data, type, {}};
-    m.rows.dims = 1;
-    m.rows.size[0] = rows_;
-    m.rows.stride[0] = stride;
-    return m;
+  // The rows that this worker makes ready: one row each for itself.
+  std::pair<int64_t, int64_t> mine() const {
+    return c_.alone() ? std::pair<int64_t, int64_t>(0, 1) : w_.share(rows_);
   }
 
-  // Ready for a product when it returns; x itself where there is no norm.
-  void normalize(const DecoderNorm& n, const Matrix& x, const DecoderStage& to) {
-    const auto [begin, end] = c_.alone() ? std::pair<int64_t, int64_t>(0, 1) : w_.share(rows_);
+  // Products of norm(x), which is ready for them; of x itself where there is no norm.
+  DecoderProducts normalize(const DecoderNorm& n, const Matrix& x, Linears linears,
+                            bool joined = false) {
+    const auto [begin, end] = mine();
     const bool plain = n.kind == DecoderNorm::none;
-    if (!plain) k_.norm(norm_args(n, x, matrix(to), c_.hidden), begin, end);
-    if (plain || to.converts())
-      k_.gemm_rows({plain ? x : matrix(to), to.rows + w_.index * to.rows_step, to.rows_type,
-                    c_.hidden, to.lda},
-                   begin, end);
-    if (!c_.alone()) w_.sync();
+    const Matrix normed = matrix(c_.normed);
+    if (!plain) k_.norm(norm_args(n, x, normed, c_.hidden), begin, end);
+    bool waits = !plain;
+    const DecoderProducts products = plain ? read(x, false, linears, joined, waits)
+                                           : read(normed, true, linears, joined, waits);
+    if (waits && !c_.alone()) w_.sync();
+    return products;
   }
 
-  // The same for what all workers wrote together, rows of k.
-  void convert(const DecoderStage& s, int64_t k) {
-    if (!s.converts()) return;
-    const auto [begin, end] = c_.alone() ? std::pair<int64_t, int64_t>(0, 1) : w_.share(rows_);
-    k_.gemm_rows({matrix(s), s.rows + w_.index * s.rows_step, s.rows_type, k, s.lda}, begin, end);
-    if (!c_.alone()) w_.sync();
+  // Products of what all workers wrote together.
+  DecoderProducts collect(const DecoderStage& s, Linears linears) {
+    bool waits = false;
+    const DecoderProducts products = read(matrix(s), true, linears, false, waits);
+    if (waits && !c_.alone()) w_.sync();
+    return products;
   }
 
-  GemmArgs product(const DecoderLinear& l, const DecoderStage& from, const Matrix& to) const {
-    GemmArgs a{};
-    a.x = from.rows + w_.index * from.rows_step;
-    a.lda = from.lda;
-    a.weight = l.weight.panels;
-    a.weight_type = l.weight.dtype;
-    a.bias = l.bias;
-    a.out = to;
-    a.m = rows_;
-    a.n = l.weight.n;
-    a.k = l.weight.k;
-    return a;
-  }
-
-  void multiply(const GemmArgs* products, int64_t count) {
-    int64_t panels = 0;
-    for (int64_t p = 0; p < count; ++p) panels += panel_count(products[p].n);
-    const auto [begin, end] = w_.share((rows_ + kRowBlock - 1) / kRowBlock * panels);
-    run_products(products, count, begin, end, c_.scratch + w_.index * c_.scratch_step);
-    w_.sync();
-  }
-
-  // Some products side by side.
-  void multiply(const DecoderStage& from, const DecoderLinear* const* linears, int64_t count,
-                const Matrix& to) {
-    GemmArgs products[kMostProducts];
-    int64_t column = 0;
-    for (int64_t p = 0; p < count; ++p) {
-      products[p] = product(*linears[p], from, to);
-      products[p].out.data = static_cast<char*>(to.data) + column * c_.element();
-      column += linears[p]->weight.n;
+  // This worker's part of x, in each form in which these products read it. waits: it was written.
+  DecoderProducts read(const Matrix& x, bool padded, Linears linears, bool joined, bool& waits) {
+    std::optional<DecoderRows> forms[DecoderProducts::kMost];
+    DecoderProducts products;
+    const auto [begin, end] = mine();
+    int made = 0;
+    for (const DecoderLinear* l : linears) {
+      if (!l->n) continue;
+      DecoderRows rows(*l, c_.type, rows_, joined);
+      int at = 0;
+      while (at < made && !forms[at]->serves(rows)) ++at;
+      if (at == made) {
+        rows.place(x, padded, c_.ready + w_.index * c_.ready_step + made * c_.ready_each);
+        rows.make(begin, end, scratch());
+        waits = waits || !rows.as_is();
+        forms[made++] = rows;
+      }
+      products.at[products.count++] = DecoderProduct(*l, *forms[at], rows_);
     }
-    multiply(products, count);
+    return products;
   }
-  void project(const DecoderLinear& linear, const DecoderStage& from, const Matrix& to) {
-    const DecoderLinear* one = &linear;
-    multiply(from, &one, 1, to);
+
+  float* scratch() const {
+    return reinterpret_cast<float*>(c_.scratch + w_.index * c_.scratch_step);
+  }
+
+  // Side by side into rows of `to`.
+  void multiply(DecoderProducts products, const Matrix& to) {
+    const int64_t blocks = (rows_ + kRowBlock - 1) / kRowBlock;
+    int64_t all = 0, column = 0;
+    for (int p = 0; p < products.count; ++p) {
+      DecoderProduct& a = products.at[p];
+      a.out = to;
+      a.out.data = static_cast<char*>(to.data) + column * c_.element();
+      a.scratch = scratch();
+      column += a.n;
+      all += blocks * panel_count(a.n);
+    }
+    auto [begin, end] = w_.share(all);
+    for (int p = 0; p < products.count; ++p) {
+      const int64_t work = blocks * panel_count(products.at[p].n);
+      const int64_t from = std::max<int64_t>(begin, 0), last = std::min(end, work);
+      if (from < last) products.at[p].run(from, last);
+      begin -= work;
+      end -= work;
+    }
+    w_.sync();
   }
 
   char* column(int64_t at) const {
@@ -244,7 +258,7 @@ class DecoderWorker {
             1.0f};
   }
 
-  // Into attended, ready for the next product.
+  // Into attended.
   void attend(const DecoderLayer& l, const DecoderCache& cache) {
     AttentionArgs a = c_.attention;
     a.key = source(cache.key);
@@ -259,7 +273,6 @@ class DecoderWorker {
       k_.attention_join(a, begin, end);
       w_.sync();
     }
-    convert(c_.attended, l.attended());
   }
 
   KvSource source(KvSource s) const {
@@ -272,31 +285,21 @@ class DecoderWorker {
   }
 
   // activation(gate) * up, or activation(gate), into inner.
-  void activate(const DecoderLayer& l) {
-    const int64_t n = l.inner();
-    const Matrix out = matrix(c_.inner.data, c_.inner.stride, c_.type);
-    GemmArgs a = product(l.gate, c_.normed, out);
+  void activate(const DecoderLayer& l, DecoderProducts products) {
+    const Matrix out = matrix(c_.inner);
     if (!l.gated) {
-      a.post = l.activation;
-      multiply(&a, 1);
-    } else if (l.up.weight.n && l.activation == PostOp::silu) {
-      a.post = PostOp::gate_up;
-      a.weight2 = l.up.weight.panels;
-      a.bias2 = l.up.bias;
-      multiply(&a, 1);
-    } else {
-      const DecoderLinear* both[] = {&l.gate, &l.up};
-      multiply(c_.normed, both, l.up.weight.n ? 2 : 1, c_.gate_up);
-      const Activation kind = l.activation == PostOp::silu       ? Activation::silu
-                              : l.activation == PostOp::gelu_erf ? Activation::gelu_erf
-                                                                 : Activation::gelu_tanh;
-      Matrix up = c_.gate_up;
-      up.data = static_cast<char*>(up.data) + n * c_.element();
-      const auto [begin, end] = w_.share(rows_);
-      k_.gated({c_.gate_up, up, out, n, kind, false}, begin, end);
-      w_.sync();
+      products.at[0].post = l.activation;
+      return multiply(products, out);
     }
-    convert(c_.inner, n);
+    multiply(products, c_.gate_up);
+    const Activation kind = l.activation == PostOp::silu       ? Activation::silu
+                            : l.activation == PostOp::gelu_erf ? Activation::gelu_erf
+                                                               : Activation::gelu_tanh;
+    Matrix up = c_.gate_up;
+    up.data = static_cast<char*>(up.data) + l.inner() * c_.element();
+    const auto [begin, end] = w_.share(rows_);
+    k_.gated({c_.gate_up, up, out, l.inner(), kind, false}, begin, end);
+    w_.sync();
   }
 
   const DecoderCall& c_;

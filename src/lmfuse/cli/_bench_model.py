@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 import typer
@@ -12,9 +15,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lmfuse.bench.limits import Limits
-from lmfuse.bench.model import CASES, ModelResult, ModelRunner
+from lmfuse.bench.model import CASES, ModelCase, ModelResult, ModelRunner
 from lmfuse.bench.models import MODELS, quiet
 from lmfuse.cli._console import console
+from lmfuse.modules import QuantizedLinear
 
 DEFAULT = ",".join(MODELS)
 
@@ -26,22 +30,37 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
-def names(models: str) -> list[str]:
-    """The names between the commas, each known."""
-    found = [name.strip() for name in models.split(",") if name.strip()]
+@dataclass(frozen=True)
+class Choice:
+    """What is measured of each model; see the options of `bench`."""
+
+    dtype: DType = DType.bfloat16
+    compiled: bool = False
+    woq: Sequence[str] = ()
+    stock: bool = True
+    prompt: int | None = None
+
+    def cases(self) -> Sequence[ModelCase]:
+        """The usual ones, or one prompt of the length asked for."""
+        return CASES if self.prompt is None else [ModelCase(prompt=self.prompt)]
+
+
+def known(text: str, names: Mapping[str, object], what: str, option: str) -> list[str]:
+    """The names between the commas, each one of `names`."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
     for name in found:
-        if name not in MODELS:
-            text = f"no model is called {name!r}; there are {', '.join(MODELS)}"
-            raise typer.BadParameter(text, param_hint="--models")
+        if name not in names:
+            words = f"no {what} is called {name!r}; there are {', '.join(names)}"
+            raise typer.BadParameter(words, param_hint=option)
     return found
 
 
-def run(models: list[str], dtype: DType, compiled: bool) -> list[dict[str, object]]:
+def run(models: list[str], choice: Choice) -> list[dict[str, object]]:
     """Times and prints each model; returns what JSON is to hold."""
     found: list[dict[str, object]] = []
     for name in models:
-        limits, results = _run(name, dtype, compiled)
-        console().print(_table(limits, results))
+        limits, results, notes = _run(name, choice)
+        console().print(_table(limits, results, notes))
         found += [
             {"limits": asdict(limits), **asdict(r), "prefill": r.prefill, "decode": r.decode}
             for r in results
@@ -49,31 +68,43 @@ def run(models: list[str], dtype: DType, compiled: bool) -> list[dict[str, objec
     return found
 
 
-def _run(name: str, dtype: DType, compiled: bool) -> tuple[Limits, list[ModelResult]]:
+def _run(name: str, choice: Choice) -> tuple[Limits, list[ModelResult], list[str]]:
     results: list[ModelResult] = []
     stderr = Console(stderr=True)
+    cases = choice.cases()
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task(f"{name}: loading", total=len(CASES) + 1)
+        task = progress.add_task(f"{name}: loading", total=len(cases) + 1)
+        dtype = getattr(torch, choice.dtype.value)
         try:
             with quiet():
-                runner = ModelRunner(name, getattr(torch, dtype.value), compiled)
+                runner = ModelRunner(name, dtype, choice.compiled, choice.woq, choice.stock)
         except FileNotFoundError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(1) from None
-        for case in CASES:
+        for case in cases:
             progress.update(task, advance=1, description=f"{name}: {case}")
             results += runner.run(case)
-    return runner.limits, results
+    notes = [_computes(w, runner.models[f"lmfuse {w}"]) for w in choice.woq]
+    return runner.limits, results, notes
 
 
-def _table(limits: Limits, results: list[ModelResult]) -> Table:
+def _computes(woq: str, model: Any) -> str:
+    """How many of the layers of a quantized model compute in what."""
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    counts = Counter(m.compute for m in layers)
+    each = ", ".join(f"{n} in {compute}" for compute, n in counts.items())
+    return f"{woq}: of {len(layers)} layers compute {each}."
+
+
+def _table(limits: Limits, results: list[ModelResult], notes: list[str]) -> Table:
     first = results[0]
     peak = limits.bf16 if first.dtype == "bfloat16" else limits.fp32
     table = Table(
         title=f"{first.model} {first.dtype}: {limits.isa}, threads: {limits.threads}",
         caption=f"this machine: read {limits.read:.1f} GB/s, {first.dtype} {peak:.0f} GFLOP/s. "
         "Tokens a second are those of all prompts; a fraction of the peak counts the operations of "
-        "the prompts, one of the reading the weights, keys and values of a token.",
+        "the prompts, one of the reading the weights, keys and values of a token, each as it is "
+        "held; outside: the share of a next token outside of lmfuse's ops. " + " ".join(notes),
     )
     table.add_column("case", no_wrap=True)
     for name in (
@@ -84,6 +115,7 @@ def _table(limits: Limits, results: list[ModelResult]) -> Table:
         "next",
         "tokens/s",
         "of read",
+        "outside",
         "as stock",
     ):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
@@ -100,6 +132,7 @@ def _table(limits: Limits, results: list[ModelResult]) -> Table:
             f"{r.next * 1e3:.2f} ms",
             f"{r.decode:.1f}",
             f"{r.next_fraction:.0%}",
+            "" if r.outside is None else f"{r.outside:.1%}",
             "" if r.same is None else f"{r.same} of {r.case.new + 1}",
         )
         case = r.case

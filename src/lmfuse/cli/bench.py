@@ -18,6 +18,7 @@ from lmfuse.bench import STEMS, Case, cases, plot
 from lmfuse.bench.case import MismatchError
 from lmfuse.bench.limits import Limits
 from lmfuse.bench.machine import describe
+from lmfuse.bench.models import MODELS, WOQ
 from lmfuse.bench.runner import Result, Runner
 from lmfuse.cli import _bench_model
 from lmfuse.cli._bench_model import DType
@@ -59,12 +60,27 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="For model: beside stock through torch.compile, too.")
     ] = False,
+    woq: Annotated[
+        str,
+        typer.Option(
+            metavar="KINDS",
+            help=f"For model: quantized, too; of {', '.join(WOQ)}, with commas between.",
+        ),
+    ] = "",
+    stock: Annotated[
+        bool, typer.Option(help="For model: beside stock, which takes most of the time.")
+    ] = True,
+    prompt: Annotated[
+        int | None,
+        typer.Option(min=1, help="For model: one prompt of so many tokens, not the usual cases."),
+    ] = None,
 ) -> None:
     """Check each op, then time it: GB/s, fraction of the machine's limit, ratio to stock torch."""
     stems = list(dict.fromkeys(stems or STEMS))
     if "all" in stems:
         stems = [*STEMS, "model"]
-    names = _bench_model.names(models) if "model" in stems else []
+    names = _bench_model.known(models, MODELS, "model", "--models") if "model" in stems else []
+    quantized = _bench_model.known(woq, WOQ, "kind of weights", "--woq")
     chosen = _chosen([stem for stem in stems if stem != "model"], kind)
     if json_file is not None and not json_file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
@@ -89,7 +105,8 @@ def bench(
             plot.plot(plot_file, limits, results)
         found |= {"limits": asdict(limits), "results": [asdict(r) for r in results]}
     if names:
-        found["models"] = _bench_model.run(names, dtype, compiled)
+        choice = _bench_model.Choice(dtype, compiled, quantized, stock, prompt)
+        found["models"] = _bench_model.run(names, choice)
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=2) + "\n")
     for mismatch in mismatches:

@@ -1,4 +1,4 @@
-"""Whole decoder layers in one call, over packed weights and caches.
+"""Whole decoder layers in one call, over packed or quantized weights and caches.
 
 What a step of a layer stores is rounded once to the dtype of the model, as the functions for the
 single steps round it; sums and activations in between are fp32. A row has the same bits whether it
@@ -19,6 +19,7 @@ from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _check
 from lmfuse.functional.linear import _POSTS
 from lmfuse.functional.packed import PackedWeight
+from lmfuse.functional.woq import _how
 
 _decoder = ops.decoder.default
 _open = ops.decoder_open.default
@@ -46,10 +47,18 @@ class DecoderNorm:
 
 @dataclass(frozen=True, eq=False)
 class DecoderLinear:
-    """x W^T + bias, with W packed: [n, k]."""
+    """x W^T + bias, with W [n, k] packed or quantized.
 
-    weight: PackedWeight
+    Attributes:
+        weight: from `pack_linear`, or the bytes of `pack_quantized`.
+        bias: [n].
+        compute, block_scales: of a quantized weight; see `woq_linear`.
+    """
+
+    weight: PackedWeight | Tensor
     bias: Tensor | None = None
+    compute: str = "bf16"
+    block_scales: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +70,8 @@ class DecoderLayer:
         y = h + c · n4(mlp(n3(h)))    mlp(z) = (f(z G^T) · (z U^T)) D^T, or f(z G^T) D^T
 
     or, if it is parallel, y = x + A(q, k, v) O^T + mlp(n3(x)); with the biases of the projections.
-    Norms that are None are left out.
+    Norms that are None are left out. Packed weights have the dtype of x; quantized ones compute as
+    `woq_linear` does, each in a way of its own.
 
     Attributes:
         heads, kv_heads, head_dim: of attention.
@@ -117,7 +127,7 @@ class DecoderStack:
     The parameters are looked at once, and again if their memory moves.
 
     Attributes:
-        parameters: the packed weights, biases and norms of all layers.
+        parameters: the weights, biases and norms of all layers.
         layout: int64, a row for each layer, which names its parameters by their place and has its
             sizes (csrc/ops/decoder_layers.h).
         numbers: float64, its epsilons and scales.
@@ -140,7 +150,8 @@ def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack:
     """Describes `layers` for `decoder`. What is written into their parameters counts.
 
     Raises:
-        TypeError, ValueError: no layer, a weight that is not packed, or an unknown activation.
+        TypeError, ValueError: no layer, a weight that is neither packed nor quantized, an unknown
+            activation, or a compute that does not suit the weight.
     """
     if not layers:
         raise ValueError("layers is empty, but must hold at least one layer")
@@ -172,11 +183,18 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
             integers += (2 if norm.centered else 1, place(norm.weight), place(norm.bias))
             numbers += (norm.eps, norm.offset)
     for name, linear in _linears(layer):
-        if linear is not None and type(linear.weight) is not PackedWeight:
-            raise TypeError(f"the weight of {name} is not packed; see pack_linear")
-        integers += (
-            (-1, -1) if linear is None else (place(linear.weight.packed), place(linear.bias))
-        )
+        if linear is None:
+            integers += (-1, -1, -1)
+        elif type(linear.weight) is PackedWeight:
+            integers += (place(linear.weight.packed), -1, place(linear.bias))
+        elif linear.weight.dtype is torch.uint8:
+            compute, block_scales = _how(linear.compute, linear.block_scales)
+            integers += (place(linear.weight), 2 * compute + block_scales, place(linear.bias))
+        else:
+            raise TypeError(
+                f"the weight of {name} is neither packed nor quantized; see pack_linear and "
+                "pack_quantized"
+            )
     if layer.activation not in _POSTS or _POSTS[layer.activation] > 4:
         raise ValueError(
             f"activation is {layer.activation!r}, but must be relu, gelu, gelu_tanh, silu or None"
@@ -224,7 +242,7 @@ def decoder(
     Keys and values of the new tokens are written into the caches, and attention reads them there.
 
     Args:
-        hidden_states: [batch, tokens, hidden], of the dtype of the weights.
+        hidden_states: [batch, tokens, hidden], of the dtype of the packed weights.
         stack: from `decoder_stack`. Its layers have equal sizes and one window.
         caches: for each layer its keys and its values, [kv_heads, slots, head_dim], of the dtype of
             hidden_states; or int8, followed by their scales, float32 [kv_heads, slots].

@@ -28,6 +28,7 @@ from lmfuse.generation.cache import Cache, Layer
 from lmfuse.hf import attention, swap
 from lmfuse.hf.decoder_form import CACHE, Form, find
 from lmfuse.modules.linear import Linear
+from lmfuse.modules.quantized_linear import QuantizedLinear
 from lmfuse.modules.siblings import SiblingLinear
 
 _RUN = "_lmfuse_run"
@@ -174,20 +175,22 @@ class _Run:
         self.parameters = list(map(operator.getitem, self.owners, self.names))
         self.weights: list[Any] = [p for p in self.parameters if isinstance(p, PackedWeight)]
         self.packed = [w.packed for w in self.weights]
+        self.quantized = [m for m in modules if isinstance(m, QuantizedLinear)]
+        self.bytes = list(map(_bytes, self.quantized))
+        self.dtype: torch.dtype | None = None
         self.stack = self._stack()
-        self.dtype = None if self.stack is None else next(layers[0].parameters()).dtype
 
     def _stack(self) -> functional.DecoderStack | None:
-        """None if a linear layer is not packed, or the parameters have several dtypes."""
+        """None if a linear layer is neither packed nor quantized, or parameters have several
+        dtypes."""
         pairs = list(zip(self.forms, self.layers, strict=True))
         linears: list[Any] = [m for form, layer in pairs for m in form.linears(layer)]
-        if any(type(m) not in (Linear, SiblingLinear) for m in linears):
-            return None
-        if any(type(m.weight) is not PackedWeight for m in linears):
+        if not all(map(_runs, linears)) or any(w.rounded for w in self.weights):
             return None
         dtypes = {p.dtype for layer in self.layers for p in layer.parameters()}
-        if len(dtypes) != 1 or any(w.rounded for w in self.weights):
+        if len(dtypes) != 1:
             return None
+        (self.dtype,) = dtypes
         return functional.decoder_stack([form.described(layer) for form, layer in pairs])
 
     def current(self, layers: list[Any]) -> bool:
@@ -198,6 +201,7 @@ class _Run:
             and self.parents == self.children  # modules compare by identity
             and all(map(same, map(dict.get, self.owners, self.names), self.parameters))
             and all(map(same, map(_packed, self.weights), self.packed))
+            and all(map(_equal, map(_bytes, self.quantized), self.bytes))
         )
 
     def watched(self) -> bool:
@@ -258,6 +262,24 @@ class _Run:
 
 
 _packed = operator.attrgetter("packed")
+
+
+def _bytes(linear: QuantizedLinear) -> tuple[Tensor, int, str, bool]:
+    """What the op read of a quantized layer: whose bytes, as of when, and how it computes."""
+    weight = linear.weight
+    version = 0 if weight.is_inference() else weight._version
+    return weight, version, linear.compute, linear.block_scales
+
+
+def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return a[0] is b[0] and a[1:] == b[1:]
+
+
+def _runs(linear: Any) -> bool:
+    """Whether the op can multiply by this layer's weight."""
+    if isinstance(linear, QuantizedLinear):
+        return type(linear).forward in (QuantizedLinear.forward, SiblingLinear.forward)
+    return type(linear) in (Linear, SiblingLinear) and type(linear.weight) is PackedWeight
 
 
 def _acts(hooks: dict[int, Callable[..., Any]]) -> bool:

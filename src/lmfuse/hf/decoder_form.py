@@ -18,8 +18,9 @@ import transformers
 from torch import Tensor, nn
 
 from lmfuse import functional
-from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm, PackedWeight
+from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm
 from lmfuse.hf import attention, norm, rope, swap
+from lmfuse.modules.quantized_linear import QuantizedLinear
 
 # Under this name the attention interface knows a function that writes down what it is asked for.
 _PROBE = "lmfuse_probe"
@@ -66,6 +67,13 @@ _ROPES = {
 }
 
 
+def described_linear(module: Any) -> DecoderLinear:
+    """A packed or quantized layer, for the op."""
+    if isinstance(module, QuantizedLinear):
+        return DecoderLinear(module.weight, module.bias, module.compute, module.block_scales)
+    return DecoderLinear(module.weight, module.bias)
+
+
 @dataclass(frozen=True)
 class Form:
     """Where the parts of a layer are, and its numbers; see `functional.DecoderLayer`.
@@ -109,11 +117,11 @@ class Form:
         return [None if name is None else layer.get_submodule(name) for name in self.norms]
 
     def described(
-        self, layer: nn.Module, packed: Callable[[Any], PackedWeight] = lambda weight: weight
+        self, layer: nn.Module, linear: Callable[[Any], DecoderLinear] = described_linear
     ) -> DecoderLayer:
-        """`layer` for the op; `packed` gives the packed weight of a linear layer."""
+        """`layer` for the op; `linear` says what a linear layer is."""
         modules: list[Any] = self.linears(layer)
-        linears = [DecoderLinear(packed(m.weight), m.bias) for m in modules]
+        linears = [linear(m) for m in modules]
         query, key, value = linears[:3] if len(self.projections) == 3 else (linears[0], None, None)
         output, *mlp = linears[len(self.projections) :]
         modules = self.norm_modules(layer)
@@ -237,7 +245,7 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
 
 def _first(owner: nn.Module, names: Any, otherwise: str) -> tuple[str, ...]:
     for each in names:
-        if all(isinstance(owner._modules.get(n), nn.Linear) for n in each):
+        if all(isinstance(owner._modules.get(n), (nn.Linear, QuantizedLinear)) for n in each):
             return tuple(each)
     raise _UnknownError(f"it has {otherwise}")
 
@@ -269,8 +277,8 @@ def _check_complete(layer: nn.Module, form: Form) -> None:
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() != 1:
             raise _UnknownError("it has a norm without a weight, or with one for each head")
-    known = {id(p) for m in parts for p in m.parameters()}
-    if any(id(p) not in known for p in layer.parameters()) or list(layer.buffers()):
+    known = {id(t) for m in parts for t in (*m.parameters(), *m.buffers())}
+    if any(id(t) not in known for t in (*layer.parameters(), *layer.buffers())):
         raise _UnknownError("it has parameters besides those of its projections, norms and MLP")
 
 
@@ -388,13 +396,17 @@ def _candidates(
                     )
 
 
+def _packed(linear: nn.Linear) -> DecoderLinear:
+    return DecoderLinear(functional.pack_linear(linear.weight), linear.bias)
+
+
 def _agrees(
     form: Form, small: nn.Module, x: Tensor, expected: Tensor, tables: list[tuple[Tensor, Tensor]]
 ) -> bool:
     """Whether the op gives the same, the prompt in two pieces."""
     with torch.no_grad():
         try:
-            stack = functional.decoder_stack([form.described(small, functional.pack_linear)])
+            stack = functional.decoder_stack([form.described(small, _packed)])
         except (TypeError, ValueError, RuntimeError):
             return False  # such as an activation that the op has only without a gate
         tokens = x.shape[1]

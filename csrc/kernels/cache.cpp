@@ -27,9 +27,23 @@ LMFUSE_INLINE uint8_t to_fp8(float x, float largest) {
   return static_cast<uint8_t>(sign | magnitude);
 }
 
+// A row as it is, bit by bit: in words of fp32, unless it is an odd number of halves.
+template <class T>
+LMFUSE_INLINE void copy_row(bool stream, T* to, const T* from, int64_t n) {
+  const int64_t size = n * static_cast<int64_t>(sizeof(T));
+  if (size % 4) {
+    __builtin_memcpy(to, from, size);
+  } else {
+    const float* words = reinterpret_cast<const float*>(from);
+    map(stream, reinterpret_cast<float*>(to), size / 4,
+        [&](int64_t i, auto l) { return load(words + i, l); });
+  }
+}
+
 // One row of a head; the loops over bytes are left to the compiler's vectorizer.
 template <class From>
-void write_row(const CacheArgs::Side& s, KvType type, const From* from, char* to, float* scale) {
+void write_row(const CacheArgs& a, const CacheArgs::Side& s, const From* from, char* to,
+               float* scale) {
   const auto each = [&](float factor, auto write) LMFUSE_LAMBDA {
     constexpr int64_t kPart = 64;
     float wide[kPart];
@@ -40,12 +54,11 @@ void write_row(const CacheArgs::Side& s, KvType type, const From* from, char* to
     }
   };
   auto* bytes = reinterpret_cast<uint8_t*>(to);
-  switch (type) {
+  switch (a.to_type) {
     case KvType::f32:
     case KvType::bf16:
     case KvType::f16:
-      map(reinterpret_cast<From*>(to), s.dim, [&](int64_t i, auto l) { return load(from + i, l); });
-      return;
+      return copy_row(a.stream, reinterpret_cast<From*>(to), from, s.dim);
     case KvType::e5m2:
       return each(s.inverse_scale,
                   [&](int64_t i, float x) { bytes[i] = to_fp8<2, 15>(x, 57344.0f); });
@@ -77,7 +90,7 @@ void write_side(const CacheArgs& a, const CacheArgs::Side& s, int64_t token) {
   with_type(a.from_type, [&](auto t) {
     const auto* from = static_cast<const decltype(t)*>(s.from) + token * s.from_stride_t;
     for (int64_t h = 0; h < a.heads; ++h)
-      write_row(s, a.to_type, from + h * s.from_stride_h, to + h * s.stride.head * size,
+      write_row(a, s, from + h * s.from_stride_h, to + h * s.stride.head * size,
                 scale ? scale + h * s.scale_stride.head : nullptr);
   });
 }
@@ -90,6 +103,7 @@ void cache_write(const CacheArgs& a, int64_t begin, int64_t end) {
       write_side(a, a.key, t);
       write_side(a, a.value, t);
     }
+  if (a.stream) stream_end();
 }
 
 }  // namespace lmfuse::LMFUSE_ISA

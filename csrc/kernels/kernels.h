@@ -332,6 +332,7 @@ constexpr int64_t attention_entry(int64_t value_dim) {
 
 // Tokens into a cache [block, head, token, dim]: slot = block * block_size + token; negative slots
 // are skipped. To fp8: x / scale, saturated. To int8: the scale of each token and head is computed.
+// stream: rows that are not converted go around the caches.
 struct CacheArgs {
   struct Side {
     const void* from;
@@ -348,6 +349,7 @@ struct CacheArgs {
   KvType to_type;
   const int64_t* slots;
   int64_t block, heads;
+  bool stream;
 };
 
 // The machine's own limits, which the benchmarks measure the other kernels by. x and y begin on a

@@ -34,22 +34,41 @@ inline Tensor new_large_pages(int64_t size) {
   return torch::stable::narrow(all, 0, past ? kLargePage - static_cast<int64_t>(past) : 0, size);
 }
 
-// Bytes that live as long as a model. Weights of less than half a block share one with their
-// neighbours, so that no large page is left half empty; a block goes when the last of them does.
-inline Tensor new_weight_bytes(int64_t size) {
-  constexpr int64_t kBlock = 32 * kLargePage, kAlign = 64;
-  if (size > kBlock / 2) return new_large_pages(size);
-  static std::mutex mutex;
-  static Tensor* const block = new Tensor();  // never destroyed: torch may be gone by then
-  static int64_t used = kBlock;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (used + size > kBlock) {
-    *block = new_large_pages(kBlock);
-    used = 0;
+// Large pages that small tensors share, so that none is left half empty: less than half a block lies
+// in one with its neighbours, more alone. A block goes when the last of its tensors does.
+class LargePageBlocks {
+ public:
+  explicit LargePageBlocks(int64_t pages) : size_(pages * kLargePage), used_(size_) {}
+
+  Tensor take(int64_t size) {
+    constexpr int64_t kAlign = 64;
+    if (size > size_ / 2) return new_large_pages(size);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (used_ + size > size_) {
+      block_ = new_large_pages(size_);
+      used_ = 0;
+    }
+    const int64_t at = used_;
+    used_ += (size + kAlign - 1) / kAlign * kAlign;
+    return torch::stable::narrow(block_, 0, at, size);
   }
-  const int64_t at = used;
-  used += (size + kAlign - 1) / kAlign * kAlign;
-  return torch::stable::narrow(*block, 0, at, size);
+
+ private:
+  std::mutex mutex_;
+  Tensor block_;
+  int64_t size_, used_;
+};
+
+// Bytes that live as long as a model.
+inline Tensor new_weight_bytes(int64_t size) {
+  static auto* const blocks = new LargePageBlocks(32);  // never destroyed: torch may be gone by then
+  return blocks->take(size);
+}
+
+// Bytes that live as long as a cache, and grow with it: smaller blocks, which are sooner free.
+inline Tensor new_cache_bytes(int64_t size) {
+  static auto* const blocks = new LargePageBlocks(8);
+  return blocks->take(size);
 }
 
 }  // namespace lmfuse

@@ -47,8 +47,9 @@ def register_fake(name: str) -> Callable[[Op], Op]:
 
 
 def _one_device(op: Any, args: tuple[Any, ...]) -> None:
-    (first, like), *others = _tensors(op, args)
-    for name, value in others:
+    tensors = _tensors(op, args)
+    for name, value in tensors[1:]:
+        first, like = tensors[0]
         if value.device != like.device:
             raise ValueError(f"{name} is on {value.device}, but {first} is on {like.device}")
 
@@ -88,6 +89,8 @@ def _translated(error: Exception, op: Any, args: tuple[Any, ...], check: Op | No
         check(*args)
     if _VALUE in text:
         return ValueError(text.split(_VALUE, 1)[1].split("\n", 1)[0].strip())
+    if "Expected a value of type" in text:  # the dispatcher's words, which name the argument
+        return TypeError(text.split("\n", 1)[0])
     if isinstance(error, NotImplementedError):  # found by the dispatcher, which costs no check
         for name, value in _tensors(op, args):
             if value.layout is not torch.strided:

@@ -1,7 +1,11 @@
 """Attention against torch's: decoding, limited by reading the cache, and prompts, by arithmetic.
 
 Caches come from memory, as in a model of many layers: each call takes another copy, 512 MB of them
-in all. "int8 / bf16 KV" and "4 beams / 1" compare two ways of lmfuse: `stock` is the second one.
+in all. They lie where lmfuse's own caches do, in pages of 2 MB (`functional.new_cache`), for stock
+as well; so do the paged ones, but for those called "4 KB pages", which are what torch.empty gives.
+The copy in "reshape_and_cache" is between pages of 4 KB.
+
+"int8 / bf16 KV" and "4 beams / 1" compare two ways of lmfuse: `stock` is the second one.
 """
 
 from __future__ import annotations
@@ -30,6 +34,11 @@ def _rows(*shape: int) -> Tensor:
     distinct, count = 4099, torch.Size(shape[:-1]).numel()
     rows = torch.randn(min(distinct, count), shape[-1]).to(_BF16)
     return rows.repeat(-(-count // distinct), 1)[:count].view(shape)
+
+
+def _cache(x: Tensor) -> Tensor:
+    """`x`, which is dense, in the memory of a cache."""
+    return functional.new_cache((x.numel(),), x.dtype).as_strided(x.shape, x.stride()).copy_(x)
 
 
 def _cold(make: Callable[[Tensor], Tensor], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,8 +83,8 @@ def contiguous(batch: int, kv_len: int, dim: int) -> Case:
         f"decode {_length(kv_len)}",
         (batch, 1, _HEADS, dim),
         caches,
-        lambda q, k, v: functional.attention(q, *_cold(torch.clone, k, v)),
-        lambda q, k, v: _sdpa(q, *_cold(torch.clone, k, v)),
+        lambda q, k, v: functional.attention(q, *_cold(_cache, k, v)),
+        lambda q, k, v: _sdpa(q, *_cold(_cache, k, v)),
         reference,
     )
 
@@ -88,7 +97,7 @@ def _to_int8(x: Tensor) -> Tensor:
 
 
 def _from_int8(x: Tensor) -> Tensor:
-    return x.to(_BF16) * _INT8_SCALE
+    return _cache(x.to(_BF16) * _INT8_SCALE)
 
 
 def int8(batch: int, kv_len: int, dim: int) -> Case:
@@ -100,7 +109,7 @@ def int8(batch: int, kv_len: int, dim: int) -> Case:
         return _to_int8(key), _to_int8(value), scales, scales.clone()
 
     def run(q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor) -> Tensor:
-        k, v = _cold(torch.clone, k, v)
+        k, v = _cold(_cache, k, v)
         return functional.attention(q, k, v, key_scales=k_scales, value_scales=v_scales)
 
     def formula(q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor) -> Tensor:
@@ -113,9 +122,12 @@ def int8(batch: int, kv_len: int, dim: int) -> Case:
     return _decode(name, (batch, 1, _HEADS, dim), caches, run, bf16, formula, None)
 
 
-def paged(batch: int, kv_len: int, dim: int, block: int, shared: int = 0) -> Case:
+def paged(
+    batch: int, kv_len: int, dim: int, block: int, shared: int = 0, large_pages: bool = True
+) -> Case:
     """One token each over blocks in random order; `shared`: so many tokens are those of all."""
     common, own = shared // block, (kv_len - shared) // block
+    in_memory = _cache if large_pages else torch.clone
 
     def caches() -> Inputs:
         blocks = common + batch * own
@@ -126,7 +138,7 @@ def paged(batch: int, kv_len: int, dim: int, block: int, shared: int = 0) -> Cas
 
     def run(query: Tensor, key: Tensor, value: Tensor, tables: Tensor) -> Tensor:
         n = query.shape[0]
-        key, value = _cold(torch.clone, key, value)
+        key, value = _cold(in_memory, key, value)
         return functional.single_query_cached_kv_attention(
             torch.empty_like(query),
             query,
@@ -150,10 +162,10 @@ def paged(batch: int, kv_len: int, dim: int, block: int, shared: int = 0) -> Cas
     def stock(query: Tensor, key: Tensor, value: Tensor, tables: Tensor) -> Tensor:
         if shared:
             return run(query[:1], key, value, tables)
-        key, value = _cold(torch.clone, key, value)
+        key, value = _cold(in_memory, key, value)
         return gathered(_sdpa, query, key, value, tables)
 
-    name = f"decode {_length(kv_len)} paged {block}"
+    name = f"decode {_length(kv_len)} paged {block}" + ("" if large_pages else ", 4 KB pages")
     if shared:
         name = f"{batch} beams / 1 paged {block}"
     limit = None if shared else "read"
@@ -170,7 +182,7 @@ def indirect(batch: int, kv_len: int, dim: int, shared: int = 0) -> Case:
         return *new, key, value
 
     def columns(cache: Tensor) -> Tensor:
-        return cache.repeat(1, batch, 1, 1) if shared else cache.clone()
+        return _cache(cache.repeat(1, batch, 1, 1) if shared else cache)
 
     beam_idx = torch.arange(batch).repeat(kv_len + 2, 1)
     beam_idx[kv_len:] = 0
@@ -189,7 +201,7 @@ def indirect(batch: int, kv_len: int, dim: int, shared: int = 0) -> Case:
 
     def stock(q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if shared:
-            key, value = _cold(torch.clone, key, value)
+            key, value = _cold(_cache, key, value)
             past = (info, key, value, beam_idx[:, :1].contiguous())
             out, *_ = functional.indirect_access_kv_cache_attention(
                 q[:1], k[:1], v[:1], dim**0.5, past
@@ -237,7 +249,7 @@ def cache_write(tokens: int, dim: int, block: int) -> Case:
         return key, value, (blocks + torch.arange(block)).flatten()
 
     def cache_of(x: Tensor) -> Tensor:
-        return x.new_empty((tokens // block, _KV_HEADS, block, dim))
+        return x.new_empty((tokens // block, _KV_HEADS, block, dim)).fill_(0)  # its pages are there
 
     def run(key: Tensor, value: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         key_cache, value_cache = _cold(cache_of, key, value)
@@ -273,6 +285,7 @@ _WIDE = ((1, 4096), (8, 4096), (1, 32768))  # batch and length
 CASES = [
     *(contiguous(b, n, dim) for dim in (64, 128) for b, n in (*_WIDE, (8, 32768))),
     *(paged(b, n, dim, block) for dim in (64, 128) for block in (16, 128) for b, n in _WIDE[1:]),
+    paged(8, 4096, 128, 16, large_pages=False),
     *(indirect(b, n, dim) for dim in (64, 128) for b, n in _WIDE[1:]),
     *(int8(1, 32768, dim) for dim in (64, 128)),
     paged(4, 4096 + 16, 128, 16, shared=4096),

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import lmfuse
-from lmfuse.bench import STEMS, Case, cases, plot
+from lmfuse.bench import STEMS, Case, cases, memory, plot
 from lmfuse.bench.case import MismatchError
 from lmfuse.bench.limits import Limits
 from lmfuse.bench.machine import describe
@@ -104,6 +104,8 @@ def bench(
         if plot_file is not None and results:
             plot.plot(plot_file, limits, results)
         found |= {"limits": asdict(limits), "results": [asdict(r) for r in results]}
+    if any(case.name == "causal prompt" for _, case in chosen):
+        found["prompt_memory"] = _prompt_memory()
     if names:
         choice = _bench_model.Choice(dtype, compiled, quantized, stock, prompt)
         found["models"] = _bench_model.run(names, choice)
@@ -171,6 +173,16 @@ def _table(limits: Limits, results: list[Result]) -> Table:
             *([f"{r.gigaflops:.0f}" if r.gigaflops else ""] if flops else []),
         )
     return table
+
+
+def _prompt_memory() -> int | None:
+    size = memory.beyond_prompt()
+    if size is not None:
+        console().print(
+            f"causal prompt [1, {memory.LENGTH}, {memory.HEADS}, {memory.DIM}] bf16: "
+            f"{size / 1e6:.1f} MB at its peak beyond q, k, v and out"
+        )
+    return size
 
 
 def _time(seconds: float) -> str:

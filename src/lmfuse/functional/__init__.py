@@ -2,7 +2,7 @@
 
 from lmfuse.functional.activation import gelu_mul, silu_mul
 from lmfuse.functional.attention import attention, varlen_attention
-from lmfuse.functional.cache import reshape_and_cache
+from lmfuse.functional.cache import new_cache, reshape_and_cache
 from lmfuse.functional.decoder import (
     DecoderLayer,
     DecoderLinear,
@@ -68,6 +68,7 @@ __all__ = [
     "linear",
     "linear_concat",
     "linear_gate_up",
+    "new_cache",
     "pack_experts",
     "pack_linear",
     "pack_quantized",

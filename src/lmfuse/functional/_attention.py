@@ -17,6 +17,13 @@ KV_DTYPES = (float32, bfloat16, float16, *FP8, int8)
 _MASK_DTYPES = (torch.bool, float32, bfloat16, float16)
 
 
+def traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace looks on."""
+    return torch.compiler.is_compiling() or bool(
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
 def cpu(name: str, x: object) -> Tensor:
     """`x`, if it is a tensor on the CPU (or meta)."""
     if not isinstance(x, Tensor):
@@ -40,6 +47,8 @@ def heads(name: str, x: Tensor, layout: str, kv: bool = False) -> None:
     dims = layout.count(",") + 1
     if x.dim() != dims:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be {layout}")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but heads must not be empty")
 
 
 def default_scale(query: Tensor) -> float:

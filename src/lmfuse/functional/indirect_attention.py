@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from lmfuse._library import call, ops, register_fake
-from lmfuse.functional import _attention
+from lmfuse.functional import _attention, _check
 from lmfuse.functional.attention import attention
-from lmfuse.functional.cache import reshape_and_cache
+from lmfuse.functional.cache import new_cache, reshape_and_cache
 
 LayerPast = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -88,13 +88,16 @@ def indirect_access_kv_cache_attention(
     if alibi is not None:
         raise ValueError("alibi must be None: add its bias to attention_mask")
     _attention.heads("query", query, "[batch, seq, heads, dim]")
-    scale = 1.0 / float(scale_attn)
+    divisor = _attention.number("scale_attn", scale_attn)
+    if divisor == 0.0:
+        raise ValueError("scale_attn is 0, but the scores are divided by it")
+    scale = 1.0 / divisor
     past = _past_length(layer_past, seq_info)
     if past == -1 and layer_past is not None:
         _, keys, values, _ = layer_past
         out = attention(query, keys, values, mask=attention_mask, scale=scale)
         return out.transpose(1, 2), None, layer_past
-    if layer_past is not None and seq_info is None and _traced():
+    if layer_past is not None and seq_info is None and _attention.traced():
         given = (query, key, value, *layer_past, attention_mask)
         out, *present = call(
             _op_step, *given, None, scale, add_casual_mask, 0, 0.0, text_max_length, _fresh()
@@ -105,12 +108,6 @@ def indirect_access_kv_cache_attention(
         query, key, value, layer_past, past, attention_mask, text_max_length, options
     )
     return out.transpose(1, 2), None, after
-
-
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or bool(
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    )
 
 
 def _fresh() -> bool:
@@ -197,6 +194,9 @@ def _step(
     """Appends, and attends with the `options` of `attention`; out is [batch, seq, heads, dim]."""
     _attention.heads("key", key, "[batch, seq, kv_heads, dim]")
     _attention.heads("value", value, "[batch, seq, kv_heads, dim]")
+    for name, x in (("key", key), ("value", value)):
+        if x.device != query.device:
+            raise ValueError(f"{name} is on {x.device}, but query is on {query.device}")
     value = value.to(key.dtype)
     batch, seq, heads, dim = query.shape
     _attention.equal("key", key.shape[0], batch, "batch size", "query")
@@ -214,7 +214,7 @@ def _step(
         out = attention(query, key, value, mask=mask, **options)
     else:
         assert layer_past is not None  # or past were 0
-        caches = _grown(_check_caches(layer_past, key, past), past + seq)
+        caches = _grown(_check_caches(layer_past, key, value, past), past + seq)
         _append(key, value, caches, past, 1)
         out = _attend(query, (_info(past + seq), *caches), mask, **options)
     return out, (_info(past + seq), *caches)
@@ -264,6 +264,9 @@ def _past_length(layer_past: LayerPast | None, seq_info: int | Tensor | None) ->
         return 0
     if not isinstance(layer_past, (tuple, list)) or len(layer_past) != 4:
         raise TypeError("layer_past must be a tuple of 4 tensors, or None")
+    for i, x in enumerate(layer_past):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"layer_past[{i}] is {type(x).__name__}, but must be a torch.Tensor")
     if seq_info is not None:
         past = int(seq_info)
         if past < -1:
@@ -294,8 +297,8 @@ def _new_caches(
             f"{batch}, times the beams"
         )
     rows = text_max_length if text_max_length > seq else text_max_length + seq
-    key_cache = key.new_empty((rows, columns, kv_heads, dim), dtype=dtype)
-    value_cache = value.new_empty((rows, columns, kv_heads, value.shape[3]), dtype=dtype)
+    key_cache = new_cache((rows, columns, kv_heads, dim), dtype)
+    value_cache = new_cache((rows, columns, kv_heads, value.shape[3]), dtype)
     beams = columns // batch
     own = torch.arange(columns)
     beam_idx = own.repeat(rows + 2, 1)  # rows that nobody reorders go on with themselves
@@ -306,13 +309,13 @@ def _new_caches(
     return key_cache, value_cache, beam_idx
 
 
-def _check_caches(layer_past: LayerPast, key: Tensor, past: int) -> Caches:
+def _check_caches(layer_past: LayerPast, key: Tensor, value: Tensor, past: int) -> Caches:
     batch, _, kv_heads, dim = key.shape
     _, key_cache, value_cache, beam_idx = layer_past
     for name, cache in (("layer_past[1]", key_cache), ("layer_past[2]", value_cache)):
         _attention.heads(name, cache, "[rows, batch, kv_heads, dim]", kv=True)
-        if cache.shape[-1] > 1 and cache.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension")
+        if not _attention.traced():  # symbolic strides cannot be sorted
+            _check.writable(name, cache)
         if cache.dtype != key.dtype and cache.dtype not in _attention.FP8:
             raise TypeError(f"{name} is {cache.dtype}, but must be {key.dtype}, the dtype of key")
         if cache.shape[1:3] != (batch, kv_heads) or cache.shape[0] != key_cache.shape[0]:
@@ -321,6 +324,13 @@ def _check_caches(layer_past: LayerPast, key: Tensor, past: int) -> Caches:
                 "dim]: the batch and heads of key"
             )
     _attention.equal("layer_past[1]", key_cache.shape[3], dim, "head dimension", "key")
+    _attention.equal("layer_past[2]", value_cache.shape[3], value.shape[3], "head dimension", "value")
+    if value_cache.dtype != key_cache.dtype:
+        raise TypeError(
+            f"layer_past[2] is {value_cache.dtype}, but must be {key_cache.dtype}, the dtype of "
+            "layer_past[1]"
+        )
+    _attention.indices("layer_past[3]", beam_idx, 2)
     rows = key_cache.shape[0]
     if beam_idx.dtype != torch.int64 or tuple(beam_idx.shape) != (rows + 2, batch):
         raise ValueError(
@@ -341,7 +351,7 @@ def _grown(caches: Caches, length: int) -> Caches:
     rows = max(2 * old, length)
 
     def grow(cache: Tensor) -> Tensor:
-        new = cache.new_empty((rows, *cache.shape[1:]))
+        new = new_cache((rows, *cache.shape[1:]), cache.dtype)
         new[:old] = cache
         return new
 

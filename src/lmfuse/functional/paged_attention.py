@@ -14,7 +14,7 @@ from torch import Tensor
 from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _attention
 from lmfuse.functional.attention import check_out, check_result
-from lmfuse.functional.cache import check_cache_dtype, check_caches
+from lmfuse.functional.cache import block_size_of, check_cache_dtype, check_caches
 
 _op_paged = ops.attention_paged.default
 
@@ -66,7 +66,7 @@ def single_query_cached_kv_attention(
         TypeError, ValueError: an argument that cannot be, or a block or length beyond the cache;
             see the text of the error.
     """
-    if block_size != key_cache.shape[2]:
+    if block_size != block_size_of(key_cache):
         raise ValueError(
             f"block_size is {block_size}, but key_cache, of shape {tuple(key_cache.shape)}, has "
             f"blocks of {key_cache.shape[2]}"

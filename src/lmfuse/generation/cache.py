@@ -291,6 +291,15 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return [self.key_arena, self.value_arena]
         return [self.key_arena, self.value_arena, self.key_scales, self.value_scales]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        new: Layer = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for arena in self.arenas() if self.is_initialized else []:  # not all that shares its pages
+            with torch.inference_mode(False):
+                memo[id(arena)] = functional.new_cache(arena.shape, arena.dtype).copy_(arena)
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
     def _fit(self, slots: int) -> None:
         if self.key_arena.size(1) == slots:
             return
@@ -298,7 +307,7 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             old = getattr(self, name)
             if old is not None:
                 with torch.inference_mode(False):
-                    new = old.new_empty((old.shape[0], slots, *old.shape[2:]))
+                    new = functional.new_cache((old.shape[0], slots, *old.shape[2:]), old.dtype)
                 kept = min(slots, old.shape[1])
                 new[:, :kept] = old[:, :kept]
                 setattr(self, name, new)

@@ -169,4 +169,8 @@ def tuple_of(keys: Tensor, values: Tensor) -> LayerPast:
     beam_idx = torch.arange(batch).repeat(tokens + 2, 1)
     beam_idx[tokens], beam_idx[tokens + 1] = tokens, batch
     info = torch.zeros((), dtype=torch.int64).expand(1, tokens, tokens, 1)
-    return info, keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous(), beam_idx
+    key_cache, value_cache = (
+        functional.new_cache((tokens, batch, *x.shape[2:]), x.dtype).copy_(x.transpose(0, 1))
+        for x in (keys, values)
+    )
+    return info, key_cache, value_cache, beam_idx

@@ -302,7 +302,7 @@ def test_generate_batch_gives_the_tokens_of_generate(
     )
     assert [result.generated_tokens for result in found.values()] == expected
     assert sum(places) >= 20
-    assert fused.config._attn_implementation == attention.NAME
+    assert fused.model.config._attn_implementation == attention.NAME
 
     monkeypatch.setattr(attention, "_in_place", lambda *_: None)  # a transformers that hides it
     found = fused.generate_batch(
@@ -340,7 +340,7 @@ def test_restore_leaves_nothing() -> None:
     assert type(fused).__name__ == type(stock).__name__
     assert stock.config._attn_implementation == "eager"
     again = lmfuse.optimize(fused)
-    assert again.config._attn_implementation == attention.NAME
+    assert again.model.config._attn_implementation == attention.NAME
     for model in (fused, again):
         lmfuse.restore(model)
         assert type(model) is type(stock)

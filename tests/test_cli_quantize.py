@@ -68,7 +68,12 @@ def test_mistakes_are_one_message(letters: None, tmp_path: Path) -> None:
     assert result.exit_code == 2
 
 
-def test_the_reference_is_bfloat16(letters: None, tmp_path: Path) -> None:
+def test_the_reference_is_bfloat16(
+    letters: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny().save_pretrained(tmp_path)
-    model, _ = command._load(str(tmp_path))
-    assert model.dtype is torch.bfloat16
+    seen: list[Any] = []
+    quantized = command.quantized
+    monkeypatch.setattr(command, "quantized", lambda m, c: seen.append(m) or quantized(m, c))
+    assert run(tmp_path).exit_code == 0
+    assert seen[0].dtype is torch.bfloat16

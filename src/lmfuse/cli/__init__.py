@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+
+from lmfuse.cli._mistakes import Group
 
 COMMANDS = ("run", "chat", "explain", "quantize", "bench", "demo", "env")
 
 
-class _Commands(TyperGroup):
+class _Commands(Group):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
@@ -24,7 +25,9 @@ class _Commands(TyperGroup):
         return typer.main.get_command(command)
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 @app.callback()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import typer
@@ -60,6 +63,11 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where, options = _source(name)
+    if not options and not _cached(where) and not _hub_answers():
+        raise LoadError(
+            f"{name} is no folder here, no copy of it was downloaded before, and the Hugging Face "
+            f"Hub cannot be reached: name a folder, a GGUF file, or {SMOLLM2}"
+        )
     options["trust_remote_code"] = False
     try:
         with quiet():
@@ -85,7 +93,10 @@ def load_or_exit(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def optimized(model: Any, stock: bool = False) -> Any:
     """The model through `lmfuse.optimize`, in place, unless it is to stay stock."""
-    return model if stock else lmfuse.optimize(model, inplace=True)
+    if stock:
+        return model
+    with status("Packing its weights …"):
+        return lmfuse.optimize(model, inplace=True)
 
 
 def set_machine(isa: str | None, threads: int | None) -> None:
@@ -137,6 +148,32 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise LoadError(f"there is no folder {name}")
     return name, {}
+
+
+def _cached(name: str) -> bool:
+    """Whether an earlier download holds the configuration of this model of the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:  # no name that the Hub could have; it says so itself
+        return True
+
+
+def _hub_answers() -> bool:
+    """Asked before transformers asks, which tries for half a minute. A proxy answers by itself."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if any(getproxies().get(scheme) for scheme in ("https", "http", "all")):
+        return True
+    address = urlsplit(ENDPOINT)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _first_sentence(error: BaseException) -> str:

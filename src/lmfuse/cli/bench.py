@@ -44,6 +44,14 @@ def bench(
             "--plot", metavar="FILE", help="Also draw the ops and the limits, as PNG or SVG."
         ),
     ] = None,
+    earlier: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="With --plot: draw what --json of earlier runs wrote, and time nothing.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="How many threads; as torch chooses by default.")
     ] = None,
@@ -76,6 +84,9 @@ def bench(
     ] = None,
 ) -> None:
     """Check each op, then time it: GB/s, fraction of the machine's limit, ratio to stock torch."""
+    if earlier:
+        _draw(plot_file, earlier)
+        return
     stems = list(dict.fromkeys(stems or STEMS))
     if "all" in stems:
         stems = [*STEMS, "model"]
@@ -85,10 +96,7 @@ def bench(
     if json_file is not None and not json_file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {json_file.parent}", param_hint="--json")
     if plot_file is not None:
-        try:
-            plot.check(plot_file)
-        except (ValueError, ImportError) as error:
-            raise typer.BadParameter(str(error), param_hint="--plot") from None
+        _check_plot(plot_file)
     if isa is not None:
         try:
             lmfuse.set_isa(isa)
@@ -96,13 +104,14 @@ def bench(
             raise typer.BadParameter(str(error), param_hint="--isa") from None
     if threads is not None:
         torch.set_num_threads(threads)
-    found: dict[str, object] = {"machine": asdict(describe())}
+    machine = describe()
+    found: dict[str, object] = {"machine": asdict(machine)}
     mismatches: list[str] = []
     if chosen:
         limits, results, mismatches = _run(chosen)
         console().print(_table(limits, results))
         if plot_file is not None and results:
-            plot.plot(plot_file, limits, results)
+            plot.plot(plot_file, limits, results, machine.cpu)
         found |= {"limits": asdict(limits), "results": [asdict(r) for r in results]}
     if any(case.name == "causal prompt" for _, case in chosen):
         found["prompt_memory"] = _prompt_memory()
@@ -115,6 +124,32 @@ def bench(
         typer.echo(mismatch, err=True)
     if mismatches:
         raise typer.Exit(1)
+
+
+def _check_plot(file: Path) -> None:
+    try:
+        plot.check(file)
+    except (ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error), param_hint="--plot") from None
+
+
+def _draw(plot_file: Path | None, earlier: list[Path]) -> None:
+    """Results of earlier runs, with the limits of the first."""
+    if plot_file is None:
+        raise typer.BadParameter("it needs --plot, the picture to draw", param_hint="--from")
+    _check_plot(plot_file)
+    try:
+        runs = [json.loads(file.read_text()) for file in earlier]
+        rows = [row for run in runs for row in run["results"]]
+        results = [Result(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+        limits = Limits(**runs[0]["limits"])
+        machine = runs[0]["machine"]["cpu"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = ", ".join(map(str, earlier))
+        raise typer.BadParameter(
+            f"{names}: not what --json writes ({error!r})", param_hint="--from"
+        ) from None
+    plot.plot(plot_file, limits, results, machine)
 
 
 def _chosen(stems: list[str], kind: str | None) -> list[tuple[str, Case]]:

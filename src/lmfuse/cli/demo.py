@@ -52,12 +52,12 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How long an answer may be.")] = 64,
     dtype: Annotated[Dtype, typer.Option(help="What to compute in.")] = Dtype.float32,
 ) -> None:
-    """SmolLM2-135M-Instruct answers a prompt, stock and through lmfuse; then both are timed."""
+    """Let SmolLM2-135M-Instruct answer a prompt, stock and through lmfuse, and time both."""
     console = Console(highlight=False)
     _require(console)
     with console.status("Loading SmolLM2-135M-Instruct (GGUF, to be expanded) …"), quiet():
         stock, tokenizer = _load(getattr(torch, dtype.value))
-    fused = hf.optimize(stock)
+        fused = hf.optimize(stock)
     models = {"stock transformers": stock, "lmfuse.optimize": fused}
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}],

@@ -100,11 +100,17 @@ def _rows(model: nn.Module) -> Iterator[Row]:
             name or "(the model)",
             before.get(name, ""),
             what,
-            _OPS.get(re.split(r"\W", what)[0], what) if name in became else "torch",
+            _kernel(what, module) if name in became else "torch",
             ", ".join(sorted({_dtype(p) for p in own.values()})),
             sum(_bytes(p) for p in new),
             "" if name in became else report.stock.get(name, ""),
         )
+
+
+def _kernel(what: str, module: nn.Module | None) -> str:
+    if isinstance(module, nn.Embedding):
+        return "linear_rows"
+    return _OPS.get(re.split(r"\W", what)[0], what)
 
 
 def _dtype(parameter: Tensor) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lmfuse import hf
 from lmfuse.cli._console import console
+from lmfuse.cli._load import MODEL, load_or_exit, status
 from lmfuse.quantization import WeightOnlyConfig, quality, quantization
 from lmfuse.quantization.model import quantize as quantized
 
@@ -44,9 +45,7 @@ class Compute(str, Enum):
 
 
 def quantize(
-    model: Annotated[
-        str, typer.Argument(help="A folder, a GGUF file, or a repository of the Hugging Face Hub.")
-    ],
+    model: Annotated[str, MODEL],
     bits: Annotated[int, typer.Option(help="8 or 4.")] = 8,
     group: Annotated[int, typer.Option(help="Columns that share a scale; -1: a whole row.")] = -1,
     kind: Annotated[
@@ -77,7 +76,7 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="Draw the error of each layer there.")
     ] = None,
 ) -> None:
-    """Quantizes the weights of a model; its reference is the model in bfloat16."""
+    """Quantize a model's weights, say what that changes, and save it."""
     try:
         config = WeightOnlyConfig(
             bits=bits if kind is None else 8 if kind.value in ("int8", "fp8") else 4,
@@ -89,29 +88,22 @@ def quantize(
             lm_head=lm_head,
             embedding=embedding,
         )
-        reference, tokenizer = _load(model)
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error)) from None
+    reference, tokenizer = load_or_exit(model, torch.bfloat16)
+    try:
         smaller = quantized(reference, config)
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from None
     out = console()
     out.print(_summary(reference, smaller, config))
     if output is not None:
-        smaller.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        with status("Saving …"):
+            smaller.save_pretrained(output)
+            tokenizer.save_pretrained(output)
         out.print(f"Saved in {output}; lmfuse imported, transformers loads it from there.")
     if compare:
         _compare(out, reference, smaller, tokenizer, text, tokens, picture or Path("quantize.png"))
-
-
-def _load(model: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path, where = Path(model), {}
-    if path.suffix == ".gguf":
-        path, where = path.parent, {"gguf_file": path.name}
-    name = path if path.is_dir() else model
-    found: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, **where)
-    return found.eval(), AutoTokenizer.from_pretrained(name, **where)
 
 
 def _bytes(model: torch.nn.Module) -> int:
@@ -154,8 +146,9 @@ def _compare(
         rows = quality.windows(ids, tokens, min(512, tokens))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--text") from None
-    errors = quality.layer_errors(reference, model, rows[0])
-    fused, smaller = hf.optimize(reference), hf.optimize(model)
+    with status("Comparing the layers …"):
+        errors = quality.layer_errors(reference, model, rows[0])
+        fused, smaller = hf.optimize(reference), hf.optimize(model)
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("reading the text", total=len(rows))

@@ -5,6 +5,7 @@ from lmfuse.modules.attention import (
     PagedAttention,
     VarlenAttention,
 )
+from lmfuse.modules.decoder import DecoderLayers
 from lmfuse.modules.linear import Embedding, Linear
 from lmfuse.modules.linear_fusion import (
     ConcatLinear,
@@ -33,6 +34,7 @@ from lmfuse.modules.rope import RotaryEmbedding
 
 __all__ = [
     "ConcatLinear",
+    "DecoderLayers",
     "Embedding",
     "FastLayerNorm",
     "IndirectAccessKVCacheAttention",

@@ -131,6 +131,21 @@ class RotaryEmbedding(nn.Module):
             x, sin, cos, num_head, head_dim, rotary_ndims, half, position_ids
         )
 
+    def angles(
+        self, tokens: int, position_ids: Tensor | None = None, seq_len: int | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """sin and cos of `tokens` tokens, each [batch or 1, tokens, pos_embd_dim/2] in fp32.
+
+        Args:
+            tokens: how many.
+            position_ids, seq_len: as in forward.
+        """
+        sin, cos, rows = self._angles(tokens, position_ids, seq_len)
+        if rows is None and sin.dim() == 3:
+            return sin, cos
+        rows = _positions(rows, tokens)
+        return sin[rows], cos[rows]
+
     @staticmethod
     def apply_function(
         query: Tensor,

@@ -86,14 +86,15 @@ def quantize(
     ):
         made[id(module)] = quantized_layer(name, module, config, shared)
     if inplace:
-        undo = _put(model, made)
+        pairs = [(module, made[id(module)]) for module in planned.layers.values()]
+        _exchange(pairs)
         try:
             reasons = _finish(model, config, sample)
         except BaseException:
-            _put(model, undo)
+            _exchange(pairs)
             raise
-        for module in planned.layers.values():
-            part_siblings(module)
+        for _, old in pairs:
+            part_siblings(old)
     else:
         model = copy.deepcopy(model, dict(made))  # a module that was replaced is not copied
         reasons = _finish(model, config, sample)
@@ -231,15 +232,11 @@ def _reason_against(module: nn.Linear, name: str, config: WeightOnlyConfig) -> s
     return None
 
 
-def _put(model: nn.Module, made: dict[int, nn.Module]) -> dict[int, nn.Module]:
-    """Puts modules in the places of others, by their ids; returns what puts those back."""
-    undo: dict[int, nn.Module] = {}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in made:
-                undo[id(made[id(child)])] = child
-                parent._modules[name] = made[id(child)]
-    return undo
+def _exchange(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Each module becomes the other of its pair, wherever it is held; a second time undoes it."""
+    for a, b in pairs:
+        a.__dict__, b.__dict__ = b.__dict__, a.__dict__
+        a.__class__, b.__class__ = type(b), type(a)
 
 
 def _finish(model: nn.Module, config: WeightOnlyConfig, sample: Any) -> dict[str, str]:

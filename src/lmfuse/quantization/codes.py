@@ -25,25 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The quantiles of the standard normal distribution that QLoRA chose (arXiv:2305.14314, appendix E).
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+from lmfuse.reference.woq import NF4
+
 SMALLEST_SCALE = 2.0**-23
 # A slice of rows: 2 MB in float32, about a second-level cache, through which all passes go.
 _SLICE = 1 << 19

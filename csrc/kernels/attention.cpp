@@ -9,6 +9,7 @@
 // computed so.
 #include "attention_few.h"
 #include "attention_softmax.h"
+#include "attention_tiles.h"
 
 namespace lmfuse::LMFUSE_ISA {
 namespace {
@@ -115,11 +116,10 @@ class Attend {
       load_query(rows_[r], queries_ + r * width_);
     }
     for (int64_t i = 0; i < count * value_width_; ++i) sums_[i] = 0.0f;
-    if constexpr (kFew > 0)
-      if (count <= kFew) {
-        for (int64_t i = count * width_; i < kFew * width_; ++i) queries_[i] = Input{};
-        pack_queries(queries_, width_, keys_);
-      }
+    if (count <= kFewRows) {
+      for (int64_t i = count * width_; i < kFewRows * width_; ++i) queries_[i] = Input{};
+      place_queries(queries_, width_, keys_);
+    }
     const int64_t last = u.chunk + u.chunk_count;
     for (int64_t c = u.chunk; c < last; ++c) {
       Found* found = next_;
@@ -142,7 +142,6 @@ class Attend {
   // Rows that share one pass over the packed chunk: some tiles, so that it is worth reading.
   static constexpr int64_t kBlock =
       Tile::kRows >= 24 ? Tile::kRows : 24 / Tile::kRows * Tile::kRows;
-  static constexpr int64_t kFew = FewRows<Tile>::kRows;   // of a unit that packs nothing
   static constexpr int64_t kWeightsRow = kKeyChunk + 32;  // apart in the first-level cache
 
   void load_query(const RowInfo& row, Input* to) {
@@ -211,8 +210,7 @@ class Attend {
     } else {
       find(*now_, seq, kv_head, begin, end);
     }
-    if constexpr (kFew > 0)
-      if (count <= kFew) return few(begin, count);
+    if (count <= kFewRows) return few(begin, count);
     const int64_t panels = (end - begin + kPanel - 1) / kPanel;
     for (int64_t p = 0; p < panels; ++p) {
       pack_keys(a_.key.type, now_->keys, p, a_.dim, stage_, keys_ + p * kPanel * width_,
@@ -265,10 +263,10 @@ class Attend {
                      {&now_->values, a_.value_dim * kv_bytes(a_.value.type)}, next_->keys);
     FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, now_->keys, a_.dim, width_, keys_,
                           count, stage_, scores_, ahead);
-    alignas(64) float largest[kFew], sum[kFew], old_part[kFew], new_part[kFew];
+    alignas(64) float largest[kFewRows], sum[kFewRows], old_part[kFewRows], new_part[kFewRows];
     const int64_t keys = round_up(now_->keys.count, kPanel);
     for (int64_t r = 0; r < count; ++r) {
-      weigh(begin, 0, r, {scores_ + r * kPanel, kFew * kPanel, keys}, {largest, sum});
+      weigh(begin, 0, r, {scores_ + r * kPanel, kFewRows * kPanel, keys}, {largest, sum});
       ahead.step(FetchAhead::kOfWeights * FetchAhead::kOne / count);
     }
     join(running_, {largest, sum}, count, old_part, new_part);
@@ -325,6 +323,7 @@ class Attend {
     float* to = a_.partials + entry * attention_entry(a_.value_dim);
     to[0] = running_.largest[r];
     to[1] = running_.sum[r];
+    to[2] = static_cast<float>(u.chunk_count);
     map(to + 16, value_width_, [&](int64_t i, auto l) { return load(values + i, l); });
   }
 
@@ -387,8 +386,9 @@ void attention_join(const AttentionArgs& a, int64_t begin, int64_t end) {
       const RowInfo row = row_info(a, all, r);
       float largest = kNever, sum = 0.0f, old_part, new_part;
       map(values, entry - 16, [](int64_t, auto) { return broadcast(0.0f); });
-      for (int64_t c = 0; c < s.chunks; ++c) {
+      for (int64_t c = 0; c < s.chunks;) {
         float* from = a.partials + (s.partial + (c * a.kv_heads + kv_head) * rows + r) * entry;
+        c += static_cast<int64_t>(from[2]);
         join({&largest, &sum}, {from, from + 1}, 1, &old_part, &new_part);
         join_values(values, from + 16, entry - 16, old_part, new_part);
       }

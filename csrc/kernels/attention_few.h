@@ -1,7 +1,6 @@
-// The products of attention for few rows, as in decoding: nothing is packed. The keys are the rows
-// of a tile as they lie in memory and the queries its other operand; the values are zipped, a block
-// at a time, in the first-level cache. The sums are those of gemm_tile.h, bit for bit: only the
-// operands of commutative products change places.
+// The products of attention for few rows, as in decoding: keys and values are read as they lie,
+// once for all rows, and nothing is packed. Keys change rows for lanes in registers, values of two
+// keys are zipped there. The sums are those of gemm_tile.h, bit for bit: chains over ascending k.
 #pragma once
 
 #include "attention_pack.h"
@@ -52,170 +51,301 @@ class FetchAhead {
   const char *const *row_, *const *end_;
 };
 
-// The products of at most kRows rows; 0 where a level has none of its own.
-template <class Tile>
-struct FewRows {
-  static constexpr int64_t kRows = 0;
+// The rows of a panel of keys or values, which begin at get()[r]: as they lie, or widened to Input.
+template <class Input>
+class PanelRows {
+ public:
+  // Of positions [first, first + kPanel). Those beyond count are rows of zeros, for which there is
+  // room in stage, as for kPanel rows.
+  void find(const ChunkRows& rows, int64_t first, int64_t width, Input* stage) {
+    const int64_t left = rows.count - first;
+    at_ = rows.row + first;
+    if (left >= kPanel) return;
+    for (int64_t i = 0; i < width; ++i) stage[i] = Input{};
+    for (int64_t r = 0; r < kPanel; ++r)
+      own_[r] = r < left ? at_[r] : reinterpret_cast<const char*>(stage);
+    at_ = own_;
+  }
+  // The same by way of stage.
+  void widen(KvType type, const ChunkRows& rows, int64_t first, int64_t dim, int64_t width,
+             Input* stage, int64_t credit, FetchAhead& ahead) {
+    const int64_t left = rows.count - first;
+    for (int64_t r = 0; r < kPanel; ++r) {
+      Input* to = stage + r * width;
+      own_[r] = reinterpret_cast<const char*>(to);
+      if (r < left) {
+        widen_row(type, rows.row[first + r], dim, width, to);
+        ahead.step(credit);
+      } else {
+        for (int64_t i = 0; i < width; ++i) to[i] = Input{};
+      }
+    }
+    at_ = own_;
+  }
+  const char* const* get() const { return at_; }
+
+ private:
+  const char* const* at_;
+  const char* own_[kPanel];
 };
 
-#if defined(LMFUSE_TILES)
+constexpr int64_t kFewRows = 16;
 
-// Rows of queries, zeros up to kTileRows, as the second operand: to[width / 2][16][2].
-inline void pack_queries(const bf16_t* rows, int64_t width, bf16_t* to) {
+// Rows of queries, zeros up to kFewRows, word by word: to[words][kFewRows].
+template <class Input>
+inline void place_queries(const Input* rows, int64_t width, Input* to) {
+  const int64_t words = width * sizeof(Input) / 4;
   const auto* from = reinterpret_cast<const float*>(rows);
-  auto* words = reinterpret_cast<float*>(to);
-  for (int64_t r0 = 0; r0 < kTileRows; r0 += kLanes)
-    for (int64_t w = 0; w < width / 2; w += kLanes) {
+  auto* words_to = reinterpret_cast<float*>(to);
+  for (int64_t r0 = 0; r0 < kFewRows; r0 += kLanes)
+    for (int64_t w = 0; w < words; w += kLanes) {
       Vec v[kLanes];
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < kLanes; ++r) v[r] = load(from + (r0 + r) * width / 2 + w);
+      for (int64_t r = 0; r < kLanes; ++r) v[r] = load(from + (r0 + r) * words + w);
       transpose(v);
 #pragma GCC unroll 16
-      for (int64_t r = 0; r < kLanes; ++r) store(words + (w + r) * kTileRows + r0, v[r]);
+      for (int64_t r = 0; r < kLanes; ++r) store(words_to + (w + r) * kFewRows + r0, v[r]);
     }
 }
 
-// 16 rows of a tile: where the first is, how far apart they are, in bytes, and how many of them
-// come straight from the cache.
-struct TileSource {
-  const bf16_t* first;
-  int64_t stride, unread;
-};
+constexpr int kGroups = 2;  // of kLanes keys, whose chains hide the latency of one another
 
-// The keys [first, first + 16), from their place if that is regular, else by way of stage, which
-// beyond their number holds what it held: scores of no key, to be hidden.
-inline TileSource key_rows(KvType type, const ChunkRows& rows, int64_t first, int64_t dim,
-                           int64_t width, bf16_t* stage, FetchAhead& ahead) {
-  const char* const* row = rows.row + first;
-  const int64_t left = rows.count - first, count = left < kTileRows ? left : kTileRows;
-  if (as_it_lies<bf16_t>(type, dim, width) && count == kTileRows) {
-    const int64_t stride = row[1] - row[0];
-    bool regular = true;
-    for (int64_t r = 2; r < kTileRows; ++r) regular &= row[r] - row[r - 1] == stride;
-    if (regular) return {reinterpret_cast<const bf16_t*>(row[0]), stride, kTileRows};
-  }
-  for (int64_t r = 0; r < count; ++r) {
-    widen_row(type, row[r], dim, width, stage + r * width);
-    ahead.step(FetchAhead::kOfKeys);
-  }
-  return {stage, width * static_cast<int64_t>(sizeof(bf16_t)), 0};
-}
-
-// acc[32 keys][16 queries] to rows of scores, times the scales of the keys: to[rows][kPanel].
-inline void turn_scores(const float* acc, int64_t rows, const float* scale, float* to) {
-  for (int64_t r0 = 0; r0 < rows; r0 += kLanes)
-    for (int64_t k = 0; k < kPanel; k += kLanes) {
-      Vec v[kLanes];
+// sum[g][r] += queries[r] k, with keys in lanes: word i of those of group g in v[g][i].
+template <class Stored, int R>
+LMFUSE_INLINE void add_words(const float* queries, const Vec (&v)[kGroups][kTurned],
+                             Vec (&sum)[kGroups][R]) {
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes; ++i) v[i] = load(acc + (k + i) * kTileRows + r0);
-      transpose(v);
-      for (int64_t i = 0; i < kLanes && r0 + i < rows; ++i)
-        store(to + (r0 + i) * kPanel + k, scale ? v[i] * load(scale + k) : v[i]);
-    }
-}
-
-// Two rows of values, zipped: to[panel][kZipKeys / 2][kPanel][2].
-constexpr int64_t kZipKeys = 64;
-template <class T>
-LMFUSE_INLINE void zip_rows(const T* a, const T* b, int64_t width, bf16_t* to) {
-  for (int64_t d = 0; d < width; d += 2 * kLanes)
-    zip(a + d, b + d, to + d / kPanel * kZipKeys * kPanel + 2 * (d % kPanel));
-}
-
-// Values [first, first + keys); stage: two rows of width elements.
-inline void zip_values(KvType type, const ChunkRows& rows, int64_t first, int64_t keys, int64_t dim,
-                       int64_t width, bf16_t* stage, bf16_t* to, FetchAhead& ahead) {
-  for (int64_t k = 0; k < keys; k += 2, to += 2 * kPanel) {
-    const char* const* row = rows.row + first + k;
-    const int64_t left = rows.count - first - k;
-    ahead.step(2 * FetchAhead::kOne);
-    if (dim == width && left > 1 && (type == KvType::bf16 || type == KvType::i8)) {
-      if (type == KvType::bf16) {
-        zip_rows(reinterpret_cast<const bf16_t*>(row[0]), reinterpret_cast<const bf16_t*>(row[1]),
-                 width, to);
-      } else {
-        zip_rows(reinterpret_cast<const i8_t*>(row[0]), reinterpret_cast<const i8_t*>(row[1]),
-                 width, to);
+  for (int64_t i = 0; i < kTurned; ++i) {
+    const auto add = [&](int64_t k, const Vec(&x)[kGroups]) LMFUSE_LAMBDA {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec q = broadcast(queries[k * kFewRows + r]);
+#pragma GCC unroll 2
+        for (int g = 0; g < kGroups; ++g) sum[g][r] = fma(q, x[g], sum[g][r]);
       }
-      continue;
-    }
-    for (int64_t j = 0; j < 2; ++j)
-      if (j < left) {
-        widen_row(type, row[j], dim, width, stage + j * width);
+    };
+    Vec first[kGroups], second[kGroups];
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g)
+      if constexpr (sizeof(Stored) == 4) {
+        first[g] = v[g][i];
       } else {
-        for (int64_t i = 0; i < width; ++i) stage[j * width + i] = bf16_t{};
+        split_pairs(v[g][i], first[g], second[g]);
       }
-    zip_rows(stage, stage + width, width, to);
+    constexpr int64_t kElements = 4 / sizeof(Stored);
+    add(i * kElements, first);
+    if constexpr (kElements == 2) add(i * kElements + 1, second);
   }
 }
 
-template <>
-struct FewRows<AmxTile> {
-  static constexpr int64_t kRows = kTileRows;
+// sum[r][i] += weights[r] v over the columns of `keys` rows, which begin at row[k] + offset.
+template <class Stored, int R, int V>
+LMFUSE_INLINE void add_values(const float* weights, int64_t weights_row, const char* const* row,
+                              int64_t offset, int64_t keys, Vec (&sum)[R][V]) {
+  for (int64_t k = 0; k < keys; ++k) {
+    const auto* from = reinterpret_cast<const Stored*>(row[k] + offset);
+    Vec v[V];
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) v[i] = load(from + i * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec w = broadcast(weights[r * weights_row + k]);
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) sum[r][i] = fma(w, v[i], sum[r][i]);
+    }
+  }
+}
 
-  // scores[panel][kRows][kPanel] of `count` packed queries. stage: kPanel rows of width elements.
+#if defined(__AVX512BF16__)
+template <class Stored, int R>
+LMFUSE_INLINE void add_words(const bf16_t* queries, const Vec (&v)[kGroups][kTurned],
+                             Vec (&sum)[kGroups][R]) {
+  constexpr int kPairs = 2 / sizeof(Stored);  // in a word
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kTurned; ++i) {
+    Vec pair[kPairs][kGroups];
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroups; ++g)
+      if constexpr (kPairs == 2) {
+        widen_bytes(v[g][i], pair[0][g], pair[1][g]);
+      } else {
+        pair[0][g] = v[g][i];
+      }
+#pragma GCC unroll 2
+    for (int p = 0; p < kPairs; ++p)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec q = broadcast_pair(queries + 2 * ((i * kPairs + p) * kFewRows + r));
+#pragma GCC unroll 2
+        for (int g = 0; g < kGroups; ++g) sum[g][r] = dot_pairs(q, pair[p][g], sum[g][r]);
+      }
+  }
+}
+
+// If the number of keys is odd, a row of zeros follows.
+template <class Stored, int R, int V>
+LMFUSE_INLINE void add_values(const bf16_t* weights, int64_t weights_row, const char* const* row,
+                              int64_t offset, int64_t keys, Vec (&sum)[R][V]) {
+  for (int64_t k = 0; k < keys; k += 2) {
+    const auto* a = reinterpret_cast<const Stored*>(row[k] + offset);
+    const auto* b = reinterpret_cast<const Stored*>(row[k + 1] + offset);
+    Vec v[V];
+#pragma GCC unroll 4
+    for (int i = 0; i < V; i += 2) zip(a + i * kLanes, b + i * kLanes, v[i], v[i + 1]);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec w = broadcast_pair(weights + r * weights_row + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) sum[r][i] = dot_pairs(w, v[i], sum[r][i]);
+    }
+  }
+}
+#endif
+
+// The products of at most kRows rows.
+template <class Tile>
+class FewRows {
+ public:
+  using Input = typename Tile::Input;
+  static constexpr int64_t kRows = kFewRows;
+
+  // scores[panel][kRows][kPanel] of `count` queries. stage: kPanel rows of width elements.
   static void scores(KvType type, bool scaled, const ChunkRows& keys, int64_t dim, int64_t width,
-                     const bf16_t* queries, int64_t count, bf16_t* stage, float* scores,
+                     const Input* queries, int64_t count, Input* stage, float* scores,
                      FetchAhead& ahead) {
-    constexpr int64_t kRow = kTileRows * sizeof(float);
-    alignas(64) float acc[kPanel * kTileRows];
-    Tiles tiles;
-    for (int64_t first = 0; first < keys.count; first += kPanel) {
-      const TileSource low = key_rows(type, keys, first, dim, width, stage, ahead);
-      const TileSource high =
-          key_rows(type, keys, first + kTileRows, dim, width, stage + kTileRows * width, ahead);
-      const int64_t step = (low.unread + high.unread) * FetchAhead::kOfKeys * kDotStep / width;
-      tiles.zero<0>();
-      tiles.zero<1>();
-      for (int64_t i = 0; i < width; i += kDotStep) {
-        tiles.load<6>(queries + i * kTileRows, kRow);
-        tiles.load<4>(low.first + i, low.stride);
-        tiles.dot_bf16<0, 4, 6>();
-        tiles.load<5>(high.first + i, high.stride);
-        tiles.dot_bf16<1, 5, 6>();
-        ahead.step(step);
+    with_words(type, dim, width, [&](auto word, auto direct) {
+      using Word = decltype(word);
+      constexpr int64_t kElements = 4 / sizeof(Word);
+      PanelRows<Input> rows;
+      for (int64_t first = 0; first < keys.count; first += kPanel, scores += kRows * kPanel) {
+        int64_t step = 0;
+        if constexpr (decltype(direct)::value) {
+          rows.find(keys, first, width, stage);
+          step = FetchAhead::kOfKeys * kGroups * kLanes * kTurned * kElements / width;
+        } else {
+          rows.widen(type, keys, first, dim, width, stage, FetchAhead::kOfKeys, ahead);
+        }
+        by_blocks(count, [&](int64_t r, auto block) {
+          score<Word, decltype(block)::value>(
+              rows.get(), width / kElements, queries + r * (4 / sizeof(Input)),
+              scaled ? keys.scale + first : nullptr, scores + r * kPanel, r ? 0 : step, ahead);
+        });
       }
-      tiles.store<0>(acc, kRow);
-      tiles.store<1>(acc + kTileRows * kTileRows, kRow);
-      turn_scores(acc, count, scaled ? keys.scale + first : nullptr, scores + first * kRows);
-    }
+    });
   }
 
   // products[panel][count][kPanel] = weights v, a panel for each kPanel columns of v.
   static void values(KvType type, const ChunkRows& values, int64_t dim, int64_t width,
-                     const bf16_t* weights, int64_t weights_row, int64_t count, bf16_t* stage,
-                     bf16_t* zipped, float* products, FetchAhead& ahead) {
-    constexpr int64_t kRow = kPanel * sizeof(float);
-    Tiles tiles(static_cast<int>(count));
-    for (int64_t first = 0; first < values.count; first += kZipKeys) {
-      const int64_t left = round_up(values.count - first, kDotStep);
-      const int64_t keys = left < kZipKeys ? left : kZipKeys;
-      zip_values(type, values, first, keys, dim, width, stage, zipped, ahead);
-      for (int64_t p = 0; p < width / kPanel; ++p) {
-        float* to = products + p * count * kPanel;
-        if (first) {
-          tiles.load<0>(to, kRow);
-          tiles.load<1>(to + kPanel / 2, kRow);
+                     const Input* weights, int64_t weights_row, int64_t count, Input* stage, Input*,
+                     float* products, FetchAhead& ahead) {
+    constexpr int64_t kOnePass = 4 * kLanes;  // columns
+    with_words(type, dim, width, [&](auto stored, auto direct) {
+      using Stored = decltype(stored);
+      PanelRows<Input> rows;
+      for (int64_t first = 0; first < values.count; first += kPanel) {
+        const int64_t left = values.count - first, keys = left < kPanel ? left : kPanel;
+        int64_t step = 0;
+        if constexpr (decltype(direct)::value) {
+          rows.find(values, first, width, stage);
+          step = FetchAhead::kOne * keys * kOnePass / width;
         } else {
-          tiles.zero<0>();
-          tiles.zero<1>();
+          rows.widen(type, values, first, dim, width, stage, FetchAhead::kOne, ahead);
         }
-        for (int64_t k = 0; k < keys; k += kDotStep) {
-          const bf16_t* b = zipped + (p * kZipKeys + k) * kPanel;
-          tiles.load<4>(weights + first + k, weights_row * static_cast<int64_t>(sizeof(bf16_t)));
-          tiles.load<6>(b, kRow);
-          tiles.dot_bf16<0, 4, 6>();
-          tiles.load<7>(b + kPanel, kRow);
-          tiles.dot_bf16<1, 4, 7>();
-        }
-        tiles.store<0>(to, kRow);
-        tiles.store<1>(to + kPanel / 2, kRow);
+        by_blocks(count, [&](int64_t r, auto block) {
+          constexpr int R = decltype(block)::value;
+          const Input* w = weights + r * weights_row + first;
+          float* to = products + r * kPanel;
+          int64_t d = 0;
+          for (; d + kOnePass <= width; d += kOnePass) {
+            weigh<Stored, R, 4>(rows.get(), d, keys, w, weights_row, first > 0, to + d * count,
+                                count * kPanel);
+            ahead.step(r ? 0 : step);
+          }
+          if (d < width)
+            weigh<Stored, R, kPanel / kLanes>(rows.get(), d, keys, w, weights_row, first > 0,
+                                              to + d * count, count * kPanel);
+        });
+      }
+    });
+  }
+
+ private:
+  // Rows that share one pass: sums of two vectors of keys, or of four of columns, and what they are
+  // added from, in 32 registers (16).
+  static constexpr int64_t kBlock = kLanes == 16 ? 6 : 3;
+
+  // f(first row, its number) for blocks of about equal height.
+  template <class F>
+  LMFUSE_INLINE static void by_blocks(int64_t count, F f) {
+    const int64_t blocks = (count + kBlock - 1) / kBlock, height = (count + blocks - 1) / blocks;
+    for (int64_t r = 0; r < count; r += height)
+      with_count<kBlock>(count - r < height ? count - r : height, [&](auto n) { f(r, n); });
+  }
+
+  // f(type of the elements in a word, whether rows can be read as they lie): where they fill whole
+  // vectors.
+  template <class F>
+  LMFUSE_INLINE static void with_words(KvType type, int64_t dim, int64_t width, F f) {
+    if (dim == width && dim % (2 * kLanes) == 0) {
+      if (type == KvType::bf16) return f(bf16_t{}, Flag<true>{});
+      if constexpr (sizeof(Input) == 4) {
+        if (type == KvType::f32) return f(float{}, Flag<true>{});
+      } else {
+        if (type == KvType::i8) return f(i8_t{}, Flag<true>{});
       }
     }
+    f(Input{}, Flag<false>{});
+  }
+
+  template <class Word, int R>
+  __attribute__((noinline)) static void score(const char* const* row, int64_t words,
+                                              const Input* queries, const float* scale, float* to,
+                                              int64_t step, FetchAhead& ahead) {
+    for (int64_t k = 0; k < kPanel; k += kGroups * kLanes) {
+      Vec sum[kGroups][R];
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[g][r] = broadcast(0.0f);
+      for (int64_t i = 0; i < words; i += kTurned) {
+        Vec v[kGroups][kTurned];
+#pragma GCC unroll 2
+        for (int g = 0; g < kGroups; ++g) load_turned(row + k + g * kLanes, 4 * i, v[g]);
+        add_words<Word>(queries + i * kFewRows * (4 / sizeof(Word)), v, sum);
+        ahead.step(step);
+      }
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const int64_t at = k + g * kLanes;
+          store(to + r * kPanel + at, scale ? sum[g][r] * load(scale + at) : sum[g][r]);
+        }
+    }
+  }
+
+  // `to`: sums of kPanel columns of each row, the next columns next_columns further.
+  template <class Stored, int R, int V>
+  __attribute__((noinline)) static void weigh(const char* const* row, int64_t column, int64_t keys,
+                                              const Input* weights, int64_t weights_row,
+                                              bool resume, float* to, int64_t next_columns) {
+    constexpr int kInPanel = kPanel / kLanes;
+    const auto at = [&](int r, int i) LMFUSE_LAMBDA {
+      return to + i / kInPanel * next_columns + r * kPanel + i % kInPanel * kLanes;
+    };
+    Vec sum[R][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) sum[r][i] = resume ? load(at(r, i)) : broadcast(0.0f);
+    add_values<Stored>(weights, weights_row, row, column * static_cast<int64_t>(sizeof(Stored)),
+                       keys, sum);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) store(at(r, i), sum[r][i]);
   }
 };
-
-#endif
 
 }  // namespace
 }  // namespace lmfuse::LMFUSE_ISA

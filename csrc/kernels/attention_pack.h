@@ -59,13 +59,12 @@ inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const 
     const char* row = base + entry * from.stride.block * size + at * step;
     const float* row_scale =
         scale ? scale + entry * from.scale_stride.block + at * from.scale_stride.token : nullptr;
-    for (; p < stop; ++p, ++i, row += step) {
-      rows.row[i] = row;
-      if (row_scale) {
-        rows.scale[i] = *row_scale;
-        row_scale += from.scale_stride.token;
-      }
-    }
+    const int64_t n = stop - p;
+    for (int64_t j = 0; j < n; ++j) rows.row[i + j] = row + j * step;
+    if (row_scale)
+      for (int64_t j = 0; j < n; ++j) rows.scale[i + j] = row_scale[j * from.scale_stride.token];
+    i += n;
+    p = stop;
   }
   if (scale)
     for (; i < kKeyChunk; ++i) rows.scale[i] = 0.0f;

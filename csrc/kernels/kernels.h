@@ -325,7 +325,8 @@ struct AttentionArgs {
   float* partials;  // entries of attention_entry(value_dim) floats
   char* scratch;    // of the calling thread
 };
-// A partial result: the largest score, the sum, and (64 bytes further) the weighted values.
+// A partial result, of one chunk or several: the largest score, the sum, how many chunks, and (64
+// bytes further) the weighted values.
 constexpr int64_t attention_entry(int64_t value_dim) {
   return 16 + (value_dim + kPanel - 1) / kPanel * kPanel;
 }

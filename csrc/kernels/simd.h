@@ -7,10 +7,12 @@
 //   load(p, l)     p is float, bf16_t, f16_t, i8_t, e5m2_t or e4m3_t; lanes beyond l are 0
 //   store(p, v, l) rounds to nearest even
 //   store_low(p, a, b)   2 * kLanes values, where a subnormal bf16 may become 0
-//   load_pairs     2 * kLanes bf16 -> first and second of each pair
+//   load_pairs     2 * kLanes bf16 -> first and second of each pair; split_pairs: of a register
 //   interleave, deinterleave   even and odd elements together and apart
 //   transpose(v)   kLanes vectors of kLanes 32-bit elements, rows to columns; bits are kept
+//   load_turned    kTurned words of each of kLanes rows, rows to lanes
 //   zip            2 * kLanes elements of each of two rows, in turn, as bf16
+//   widen_bytes    4 * kLanes int8, in words, to two vectors of pairs of bf16 (AVX-512)
 //   sum(v)         one fixed tree, whatever the data
 //   Words          kLanes words of 32 bits: load_words, store_words, >>, &, number (to fp32)
 //   byte(w, i)     byte i of each word, signed

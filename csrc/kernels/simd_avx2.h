@@ -135,10 +135,35 @@ LMFUSE_INLINE void interleave(Vec even, Vec odd, Vec& a, Vec& b) {
   b = {_mm256_permute2f128_ps(low, high, 0x31)};
 }
 
-LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+// v[i] = the words at row[0 … kLanes - 1] + offset + 4 i.
+constexpr int64_t kTurned = kLanes / 2;
+LMFUSE_INLINE void load_turned(const char* const* row, int64_t offset, Vec (&v)[kTurned]) {
+  __m256 a[kTurned], b[kTurned];
+  const auto half = [&](int r) LMFUSE_LAMBDA {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(row[r] + offset));
+  };
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r)
+    a[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(half(r)), half(r + 4), 1);
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    v[2 * j] = {_mm256_shuffle_ps(b[j], b[j + 2], 0x44)};
+    v[2 * j + 1] = {_mm256_shuffle_ps(b[j], b[j + 2], 0xee)};
+  }
+}
+
+LMFUSE_INLINE void split_pairs(Vec pairs, Vec& first, Vec& second) {
+  const __m256i bits = _mm256_castps_si256(pairs.v);
   first = {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
   second = {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536)))};
+}
+LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
+  split_pairs(load(reinterpret_cast<const float*>(p)), first, second);
 }
 
 LMFUSE_INLINE void transpose(Vec (&v)[kLanes]) {

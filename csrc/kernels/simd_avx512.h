@@ -124,12 +124,57 @@ LMFUSE_INLINE void interleave(Vec even, Vec odd, Vec& a, Vec& b) {
   b = {_mm512_permutex2var_ps(even.v, _mm512_add_epi32(index, _mm512_set1_epi32(8)), odd.v)};
 }
 
+// v[i] = the words at row[0 … kLanes - 1] + offset + 4 i.
+constexpr int64_t kTurned = kLanes / 2;
+LMFUSE_INLINE void load_turned(const char* const* row, int64_t offset, Vec (&v)[kTurned]) {
+  __m512 a[kTurned], b[kTurned];
+  const auto half = [&](int r) LMFUSE_LAMBDA {
+    return _mm256_loadu_pd(reinterpret_cast<const double*>(row[r] + offset));
+  };
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // rows i and i + 4, 8 + i and 12 + i
+    const int r = i / 4 * 8 + i % 4;
+    a[i] = _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castpd256_pd512(half(r)), half(r + 4), 1));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d x = _mm512_castps_pd(b[i + j]), y = _mm512_castps_pd(b[i + j + 2]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = {_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88)};
+    v[i + 4] = {_mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd)};
+  }
+}
+
 // 2 * kLanes bf16, taken in pairs -> the first and the second of each pair.
-LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
-  const __m512i bits = _mm512_loadu_si512(p);
+LMFUSE_INLINE void split_pairs(Vec pairs, Vec& first, Vec& second) {
+  const __m512i bits = _mm512_castps_si512(pairs.v);
   first = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
   second = {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-65536)))};
 }
+LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
+  split_pairs({_mm512_loadu_ps(reinterpret_cast<const float*>(p))}, first, second);
+}
+#if defined(__AVX512BF16__)
+LMFUSE_INLINE Vec broadcast_pair(const bf16_t* p) {
+  float bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return broadcast(bits);
+}
+LMFUSE_INLINE Vec dot_pairs(Vec a, Vec b, Vec sum) {
+  return {_mm512_dpbf16_ps(sum.v, bit_cast<__m512bh>(a.v), bit_cast<__m512bh>(b.v))};
+}
+#endif
 
 LMFUSE_INLINE void transpose(Vec (&v)[kLanes]) {
   __m512 a[kLanes];
@@ -165,13 +210,13 @@ LMFUSE_INLINE void transpose(Vec (&v)[kLanes]) {
   }
 }
 
-LMFUSE_INLINE void zip(const bf16_t* a, const bf16_t* b, bf16_t* to) {
+LMFUSE_INLINE void zip(const bf16_t* a, const bf16_t* b, Vec& first, Vec& second) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
                                        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, low, y));
-  _mm512_storeu_si512(to + 2 * kLanes, _mm512_permutex2var_epi16(x, high, y));
+  first = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(x, low, y))};
+  second = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(x, high, y))};
 }
 
 // fp8 by way of fp16: e5m2 is its upper byte; e4m3, but for NaN, has an exponent 8 lower there.
@@ -190,16 +235,33 @@ LMFUSE_INLINE Vec widen(__m128i bytes, e4m3_t) {
   const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16(-0x8000));
   return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, magnitude)), _mm512_set1_ps(256.0f))};
 }
-// 2 * kLanes int8 of each row, which bf16 holds: the upper half of a float that is one.
-LMFUSE_INLINE void zip(const i8_t* a, const i8_t* b, bf16_t* to) {
-  for (int64_t i = 0; i < 2 * kLanes; i += kLanes) {
-    const auto wide = [&](const i8_t* p) LMFUSE_LAMBDA {
-      return _mm512_castps_si512(
-          widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)), i8_t{}).v);
-    };
-    _mm512_storeu_si512(to + 2 * i,
-                        _mm512_mask_mov_epi16(_mm512_srli_epi32(wide(a), 16), 0xaaaaaaaa, wide(b)));
-  }
+// int8, which bf16 holds: the upper half of a float that is one.
+LMFUSE_INLINE Vec join_halves(Vec first, Vec second) {
+  return {
+      _mm512_castsi512_ps(_mm512_mask_mov_epi16(_mm512_srli_epi32(_mm512_castps_si512(first.v), 16),
+                                                0xaaaaaaaa, _mm512_castps_si512(second.v)))};
+}
+LMFUSE_INLINE void zip(const i8_t* a, const i8_t* b, Vec& first, Vec& second) {
+  const auto wide = [](const i8_t* p) LMFUSE_LAMBDA {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), i8_t{});
+  };
+  first = join_halves(wide(a), wide(b));
+  second = join_halves(wide(a + kLanes), wide(b + kLanes));
+}
+LMFUSE_INLINE void widen_bytes(Vec bytes, Vec& first, Vec& second) {
+  const __m512i x = _mm512_castps_si512(bytes.v);
+  const auto wide = [](__m512i upper) LMFUSE_LAMBDA {
+    return Vec{_mm512_cvtepi32_ps(_mm512_srai_epi32(upper, 24))};
+  };
+  first = join_halves(wide(_mm512_slli_epi32(x, 24)), wide(_mm512_slli_epi32(x, 16)));
+  second = join_halves(wide(_mm512_slli_epi32(x, 8)), wide(x));
+}
+template <class T>
+LMFUSE_INLINE void zip(const T* a, const T* b, bf16_t* to) {
+  Vec first, second;
+  zip(a, b, first, second);
+  _mm512_storeu_ps(to, first.v);
+  _mm512_storeu_ps(to + 2 * kLanes, second.v);
 }
 #define LMFUSE_LOAD_BYTES(T)                                                 \
   LMFUSE_INLINE Vec load(const T* p) {                                       \

@@ -180,6 +180,20 @@ LMFUSE_INLINE void interleave(Vec even, Vec odd, Vec& a, Vec& b) {
   b = each([&](int64_t i) { return i % 2 ? odd.v[h + i / 2] : even.v[h + i / 2]; });
 }
 
+// v[i] = the words at row[0 … kLanes - 1] + offset + 4 i.
+constexpr int64_t kTurned = kLanes / 2;
+LMFUSE_INLINE void load_turned(const char* const* row, int64_t offset, Vec (&v)[kTurned]) {
+  for (int64_t r = 0; r < kLanes; ++r) {
+    const auto* words = reinterpret_cast<const float*>(row[r] + offset);
+    for (int64_t i = 0; i < kTurned; ++i) v[i].v[r] = words[i];
+  }
+}
+
+LMFUSE_INLINE void split_pairs(Vec pairs, Vec& first, Vec& second) {
+  const auto bits = [&](int64_t i) { return bit_cast<uint32_t>(pairs.v[i]); };
+  first = each([&](int64_t i) { return bit_cast<float>(bits(i) << 16); });
+  second = each([&](int64_t i) { return bit_cast<float>(bits(i) & 0xffff0000u); });
+}
 LMFUSE_INLINE void load_pairs(const bf16_t* p, Vec& first, Vec& second) {
   first = each([&](int64_t i) { return widen(p[2 * i]); });
   second = each([&](int64_t i) { return widen(p[2 * i + 1]); });

@@ -18,7 +18,8 @@ struct AttentionPlan {
 
 namespace plan {
 
-// Sequences with so few rows are spread over threads by chunks, if their partial results fit.
+// Sequences with so few rows are spread over threads in pieces of chunks, if their partial results
+// fit.
 constexpr int64_t kFewRows = 64;
 constexpr int64_t kMostPartialBytes = int64_t{32} << 20;
 
@@ -45,14 +46,16 @@ inline bool same_keys(const AttentionArgs& a, const AttentionSequence& s,
   return last == last_block(t) && std::equal(s.table + first, s.table + last + 1, t.table + first);
 }
 
-// Sequences [begin, end) with equal numbers of rows: by chunks, together where keys are shared.
-inline void by_chunks(const AttentionArgs& a, AttentionPlan& p, int64_t begin, int64_t end,
-                      int64_t rows) {
+// Sequences [begin, end) with equal numbers of rows: together where keys are shared, for as many
+// chunks as they are.
+inline void by_keys(const AttentionArgs& a, AttentionPlan& p, int64_t begin, int64_t end,
+                    int64_t rows) {
   int64_t first = p.sequences[begin].first_chunk, last = 0;
   for (int64_t b = begin; b < end; ++b) {
     first = std::min(first, p.sequences[b].first_chunk);
     last = std::max(last, p.sequences[b].first_chunk + p.sequences[b].chunks);
   }
+  std::vector<size_t> unit_of(end - begin, p.units.size());
   for (int64_t c = first; c < last; ++c) {
     const auto sees = [&](int64_t b) {
       const AttentionSequence& s = p.sequences[b];
@@ -64,7 +67,14 @@ inline void by_chunks(const AttentionArgs& a, AttentionPlan& p, int64_t begin, i
         while (b + n < end && (n + 1) * rows <= kAttentionRows && sees(b + n) &&
                same_keys(a, p.sequences[b], p.sequences[b + n], c))
           ++n;
-        p.units.push_back({b, n, 0, rows, c, 1});
+        size_t& at = unit_of[b - begin];
+        if (at < p.units.size() && p.units[at].seq == b && p.units[at].seq_count == n &&
+            p.units[at].chunk + p.units[at].chunk_count == c) {
+          ++p.units[at].chunk_count;
+        } else {
+          at = p.units.size();
+          p.units.push_back({b, n, 0, rows, c, 1});
+        }
       }
       b += n;
     }
@@ -83,8 +93,49 @@ inline void by_rows(AttentionPlan& p, int64_t b, int64_t rows) {
 
 }  // namespace plan
 
+// What a unit costs for each KV head, in products of a row and a key: reading and packing a key is
+// worth about 64 of them.
+inline int64_t cost(const AttentionArgs& a, const AttentionUnit& u) {
+  const AttentionSequence& s = a.sequences[u.seq];
+  const int64_t group = a.heads / a.kv_heads;
+  const int64_t middle = s.kv_len - s.q_len + (u.row + u.row_count / 2) / group;
+  const int64_t begin = std::max(u.chunk * kKeyChunk, middle - a.window_left);
+  const int64_t end = std::min({(u.chunk + u.chunk_count) * kKeyChunk, s.kv_len,
+                                middle + std::min(a.window_right, s.kv_len) + 1});
+  return std::max<int64_t>(end - begin, 1) * (u.seq_count * u.row_count + 64);
+}
+
+// Cuts the units of sequences that may have partial results into pieces of some chunks, so that the
+// threads can be given about the same: kPieces or more for each. Those left whole need no join.
+inline void cut_units(const AttentionArgs& a, AttentionPlan& p, int64_t threads) {
+  constexpr int64_t kPieces = 8;
+  int64_t total = 0;
+  for (const AttentionUnit& u : p.units) total += cost(a, u);
+  const int64_t most = std::max<int64_t>(1, total * a.kv_heads / (threads * kPieces));
+  std::vector<AttentionUnit> pieces;
+  std::vector<int64_t> of_sequence(p.sequences.size(), 0);
+  for (AttentionUnit u : p.units) {
+    int64_t n = (cost(a, u) + most - 1) / most;
+    while (n * a.kv_heads % threads) ++n;
+    if (p.sequences[u.seq].partial < 0) n = 1;
+    const int64_t size = (u.chunk_count + n - 1) / n;
+    for (int64_t end = u.chunk + u.chunk_count; u.chunk < end; u.chunk += u.chunk_count) {
+      u.chunk_count = std::min(size, end - u.chunk);
+      pieces.push_back(u);
+      for (int64_t b = u.seq; b < u.seq + u.seq_count; ++b) ++of_sequence[b];
+    }
+  }
+  p.units = std::move(pieces);
+  bool joins = false;
+  for (size_t b = 0; b < p.sequences.size(); ++b) {
+    if (of_sequence[b] <= 1) p.sequences[b].partial = -1;
+    joins |= p.sequences[b].partial >= 0;
+  }
+  if (!joins) p.entries = 0;
+}
+
 // Completes the sequences and makes the units.
-inline void make_units(const AttentionArgs& a, AttentionPlan& p) {
+inline void make_units(const AttentionArgs& a, AttentionPlan& p, int64_t threads) {
   using namespace plan;
   const int64_t group = a.heads / a.kv_heads, count = static_cast<int64_t>(p.sequences.size());
   const int64_t entry_bytes = attention_entry(a.value_dim) * 4;
@@ -105,22 +156,11 @@ inline void make_units(const AttentionArgs& a, AttentionPlan& p) {
     } else {
       while (end < count && p.sequences[end].partial >= 0 && p.sequences[end].q_len * group == rows)
         ++end;
-      by_chunks(a, p, b, end, rows);
+      by_keys(a, p, b, end, rows);
     }
     b = end;
   }
-}
-
-// What a unit costs for each KV head, in products of a row and a key: reading and packing a key is
-// worth about 64 of them.
-inline int64_t cost(const AttentionArgs& a, const AttentionUnit& u) {
-  const AttentionSequence& s = a.sequences[u.seq];
-  const int64_t group = a.heads / a.kv_heads;
-  const int64_t middle = s.kv_len - s.q_len + (u.row + u.row_count / 2) / group;
-  const int64_t begin = std::max(u.chunk * kKeyChunk, middle - a.window_left);
-  const int64_t end = std::min({(u.chunk + u.chunk_count) * kKeyChunk, s.kv_len,
-                                middle + std::min(a.window_right, s.kv_len) + 1});
-  return std::max<int64_t>(end - begin, 1) * (u.seq_count * u.row_count + 64);
+  cut_units(a, p, threads);
 }
 
 // Cuts the pieces of work, units * kv_heads + head, into contiguous ranges of about equal cost.
@@ -150,7 +190,9 @@ class AttentionShares {
 // Runs the units and joins what they left, on torch's threads, each with one contiguous range of
 // about equal cost.
 inline void run(AttentionArgs a, AttentionPlan& p) {
-  make_units(a, p);
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  make_units(a, p, threads);
   a.sequences = p.sequences.data();
   a.units = p.units.data();
   const int64_t items = static_cast<int64_t>(p.units.size()) * a.kv_heads;
@@ -158,8 +200,6 @@ inline void run(AttentionArgs a, AttentionPlan& p) {
   const AttentionShares shares(a, p);
 
   constexpr int64_t kAlone = 1 << 19;  // multiplications below which a second thread is no help
-  uint32_t threads = 1;
-  torch_get_num_threads(&threads);
   if (shares.total() * a.kv_heads * (a.dim + a.value_dim) < kAlone) threads = 1;
   const int64_t slices = std::min<int64_t>(threads, items);
 

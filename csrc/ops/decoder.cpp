@@ -160,7 +160,7 @@ void plan_attention(DecoderCall& c, const Tables& t) {
     s.table = c.first_slot < 0 ? t.own.data() + b * t.width : nullptr;
     c.plan.sequences.push_back(s);
   }
-  make_units(a, c.plan);
+  make_units(a, c.plan, thread_count());
   a.sequences = c.plan.sequences.data();
   a.units = c.plan.units.data();
   c.shares.emplace(a, c.plan);

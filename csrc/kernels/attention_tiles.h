@@ -1,0 +1,158 @@
+// The products of attention_few.h on AMX, for at most 16 rows: the keys are the rows of a tile as
+// they lie in memory and the queries its other operand; the values are zipped, a block at a time,
+// in the first-level cache. The sums are those of AmxTile, bit for bit: only the operands of
+// commutative products change places.
+#pragma once
+
+#include "attention_few.h"
+
+#if defined(LMFUSE_TILES)
+
+namespace lmfuse::LMFUSE_ISA {
+namespace {
+
+// 16 rows of a tile: where the first is, how far apart they are, in bytes, and how many of them
+// come straight from the cache.
+struct TileSource {
+  const bf16_t* first;
+  int64_t stride, unread;
+};
+
+// The keys [first, first + 16), from their place if that is regular, else by way of stage, which
+// beyond their number holds what it held: scores of no key, to be hidden.
+inline TileSource key_rows(KvType type, const ChunkRows& rows, int64_t first, int64_t dim,
+                           int64_t width, bf16_t* stage, FetchAhead& ahead) {
+  const char* const* row = rows.row + first;
+  const int64_t left = rows.count - first, count = left < kTileRows ? left : kTileRows;
+  if (as_it_lies<bf16_t>(type, dim, width) && count == kTileRows) {
+    const int64_t stride = row[1] - row[0];
+    bool regular = true;
+    for (int64_t r = 2; r < kTileRows; ++r) regular &= row[r] - row[r - 1] == stride;
+    if (regular) return {reinterpret_cast<const bf16_t*>(row[0]), stride, kTileRows};
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    widen_row(type, row[r], dim, width, stage + r * width);
+    ahead.step(FetchAhead::kOfKeys);
+  }
+  return {stage, width * static_cast<int64_t>(sizeof(bf16_t)), 0};
+}
+
+// acc[32 keys][16 queries] to rows of scores, times the scales of the keys: to[rows][kPanel].
+inline void turn_scores(const float* acc, int64_t rows, const float* scale, float* to) {
+  for (int64_t r0 = 0; r0 < rows; r0 += kLanes)
+    for (int64_t k = 0; k < kPanel; k += kLanes) {
+      Vec v[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) v[i] = load(acc + (k + i) * kTileRows + r0);
+      transpose(v);
+      for (int64_t i = 0; i < kLanes && r0 + i < rows; ++i)
+        store(to + (r0 + i) * kPanel + k, scale ? v[i] * load(scale + k) : v[i]);
+    }
+}
+
+// Two rows of values, zipped: to[panel][kZipKeys / 2][kPanel][2].
+constexpr int64_t kZipKeys = 64;
+template <class T>
+LMFUSE_INLINE void zip_rows(const T* a, const T* b, int64_t width, bf16_t* to) {
+  for (int64_t d = 0; d < width; d += 2 * kLanes)
+    zip(a + d, b + d, to + d / kPanel * kZipKeys * kPanel + 2 * (d % kPanel));
+}
+
+// Values [first, first + keys); stage: two rows of width elements.
+inline void zip_values(KvType type, const ChunkRows& rows, int64_t first, int64_t keys, int64_t dim,
+                       int64_t width, bf16_t* stage, bf16_t* to, FetchAhead& ahead) {
+  for (int64_t k = 0; k < keys; k += 2, to += 2 * kPanel) {
+    const char* const* row = rows.row + first + k;
+    const int64_t left = rows.count - first - k;
+    ahead.step(2 * FetchAhead::kOne);
+    if (dim == width && left > 1 && (type == KvType::bf16 || type == KvType::i8)) {
+      if (type == KvType::bf16) {
+        zip_rows(reinterpret_cast<const bf16_t*>(row[0]), reinterpret_cast<const bf16_t*>(row[1]),
+                 width, to);
+      } else {
+        zip_rows(reinterpret_cast<const i8_t*>(row[0]), reinterpret_cast<const i8_t*>(row[1]),
+                 width, to);
+      }
+      continue;
+    }
+    for (int64_t j = 0; j < 2; ++j)
+      if (j < left) {
+        widen_row(type, row[j], dim, width, stage + j * width);
+      } else {
+        for (int64_t i = 0; i < width; ++i) stage[j * width + i] = bf16_t{};
+      }
+    zip_rows(stage, stage + width, width, to);
+  }
+}
+
+template <>
+struct FewRows<AmxTile> {
+  static constexpr int64_t kRows = kTileRows;
+  static_assert(kRows == kFewRows);
+
+  // scores[panel][kRows][kPanel] of `count` packed queries. stage: kPanel rows of width elements.
+  static void scores(KvType type, bool scaled, const ChunkRows& keys, int64_t dim, int64_t width,
+                     const bf16_t* queries, int64_t count, bf16_t* stage, float* scores,
+                     FetchAhead& ahead) {
+    constexpr int64_t kRow = kTileRows * sizeof(float);
+    alignas(64) float acc[kPanel * kTileRows];
+    Tiles tiles;
+    for (int64_t first = 0; first < keys.count; first += kPanel) {
+      const TileSource low = key_rows(type, keys, first, dim, width, stage, ahead);
+      const TileSource high =
+          key_rows(type, keys, first + kTileRows, dim, width, stage + kTileRows * width, ahead);
+      const int64_t step = (low.unread + high.unread) * FetchAhead::kOfKeys * kDotStep / width;
+      tiles.zero<0>();
+      tiles.zero<1>();
+      for (int64_t i = 0; i < width; i += kDotStep) {
+        tiles.load<6>(queries + i * kTileRows, kRow);
+        tiles.load<4>(low.first + i, low.stride);
+        tiles.dot_bf16<0, 4, 6>();
+        tiles.load<5>(high.first + i, high.stride);
+        tiles.dot_bf16<1, 5, 6>();
+        ahead.step(step);
+      }
+      tiles.store<0>(acc, kRow);
+      tiles.store<1>(acc + kTileRows * kTileRows, kRow);
+      turn_scores(acc, count, scaled ? keys.scale + first : nullptr, scores + first * kRows);
+    }
+  }
+
+  // products[panel][count][kPanel] = weights v, a panel for each kPanel columns of v.
+  static void values(KvType type, const ChunkRows& values, int64_t dim, int64_t width,
+                     const bf16_t* weights, int64_t weights_row, int64_t count, bf16_t* stage,
+                     bf16_t* zipped, float* products, FetchAhead& ahead) {
+    constexpr int64_t kRow = kPanel * sizeof(float);
+    Tiles tiles(static_cast<int>(count));
+    for (int64_t first = 0; first < values.count; first += kZipKeys) {
+      const int64_t left = round_up(values.count - first, kDotStep);
+      const int64_t keys = left < kZipKeys ? left : kZipKeys;
+      zip_values(type, values, first, keys, dim, width, stage, zipped, ahead);
+      for (int64_t p = 0; p < width / kPanel; ++p) {
+        float* to = products + p * count * kPanel;
+        if (first) {
+          tiles.load<0>(to, kRow);
+          tiles.load<1>(to + kPanel / 2, kRow);
+        } else {
+          tiles.zero<0>();
+          tiles.zero<1>();
+        }
+        for (int64_t k = 0; k < keys; k += kDotStep) {
+          const bf16_t* b = zipped + (p * kZipKeys + k) * kPanel;
+          tiles.load<4>(weights + first + k, weights_row * static_cast<int64_t>(sizeof(bf16_t)));
+          tiles.load<6>(b, kRow);
+          tiles.dot_bf16<0, 4, 6>();
+          tiles.load<7>(b + kPanel, kRow);
+          tiles.dot_bf16<1, 4, 7>();
+        }
+        tiles.store<0>(to, kRow);
+        tiles.store<1>(to + kPanel / 2, kRow);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace lmfuse::LMFUSE_ISA
+
+#endif

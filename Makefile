@@ -27,7 +27,7 @@ CSRC  := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format docs bench wheel asan clean
+.PHONY: help demo test lint format docs bench picture wheel asan clean
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
@@ -57,6 +57,12 @@ docs: $(BIN)/.docs ## build the documentation into build/docs; a warning is an e
 
 bench: $(BIN)/.demo $(BIN)/.lmfuse ## time the ops against stock torch and this machine's limits
 	$(BIN)/python -m lmfuse bench $(OPS) $(ARGS)
+
+picture: $(BIN)/.test $(BIN)/.lmfuse ## time all ops, and draw docs/bench.svg (ten minutes of a quiet machine)
+	@mkdir -p build
+	set -e; for family in $(OPS) woq; do \
+	  $(BIN)/python -m lmfuse bench $$family --json build/bench-$$family.json; done
+	$(BIN)/python -m lmfuse bench --plot docs/bench.svg $(patsubst %,--from build/bench-%.json,$(OPS) woq)
 
 wheel: $(BIN)/.tools ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps \

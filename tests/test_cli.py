@@ -117,8 +117,19 @@ def test_bench_fails_on_a_wrong_op(small: None, monkeypatch: pytest.MonkeyPatch)
 def test_mistakes_are_one_message(words: list[str], text: str) -> None:
     result = run(*words)
     assert result.exit_code == 2
-    assert text in result.output
-    assert "Traceback" not in result.output
+    assert not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert text in line
+
+
+def test_a_mistake_in_words_says_where_to_read() -> None:
+    assert run("bnech").stderr.endswith(" See lmfuse --help\n")
+    assert run("run").stderr.endswith(" See lmfuse run --help\n")
+
+
+def test_nothing_asked_is_answered_with_help() -> None:
+    assert all(name in run().output for name in COMMANDS)
 
 
 def test_help_lists_every_command() -> None:

@@ -315,16 +315,20 @@ def test_the_showcase_is_the_model(expected: dict[str, Tensor], inputs: Any) -> 
 
 
 def test_optimize_fp32(stock: Any, expected: dict[str, Tensor], inputs: Any) -> None:
+    model = copy.deepcopy(stock)
     _disable_tpp()
-    model = ipex.optimize(stock.eval(), dtype=torch.float32, auto_kernel_selection=True)
+    model = ipex.optimize(
+        model.eval(), dtype=torch.float32, inplace=True, auto_kernel_selection=True
+    )
     for way, ids in expected.items():
         assert torch.equal(written(model, inputs, way), ids)
 
 
 def test_optimize_bf16(stock: Any, inputs: Any) -> None:
+    model = copy.deepcopy(stock)
     _enable_tpp()
     try:
-        model = ipex.optimize(stock.eval(), dtype=torch.bfloat16)
+        model = ipex.optimize(model.eval(), dtype=torch.bfloat16, inplace=True)
     finally:
         _disable_tpp()
     assert model.dtype is BF16

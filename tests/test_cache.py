@@ -99,7 +99,8 @@ def test_rows_around_the_caches_keep_every_bit(isa, dtype):
     for dim, gap, flash in ((128, 0, False), (128, 0, True), (96, 0, False), (128, 8, False)):
         tokens, heads, block = 2 * (4 << 20) // (8 * dim * dtype.itemsize), 4, 16
         x = torch.randint(256, (tokens, heads, dim * dtype.itemsize), dtype=torch.uint8).view(dtype)
-        sizes = (-(-tokens // block), block, heads) if flash else (-(-tokens // block), heads, block)
+        inner = (block, heads) if flash else (heads, block)
+        sizes = (-(-tokens // block), *inner)
         caches = [torch.zeros(*sizes, dim + gap, dtype=dtype)[..., :dim] for _ in range(2)]
         if flash:
             caches = [c.transpose(1, 2) for c in caches]

@@ -46,7 +46,7 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     """Asserts equality of every bit, the sign of zeros included."""
     assert a.dtype is b.dtype
     assert a.shape == b.shape
-    integer = torch.int32 if a.dtype is F32 else torch.int16
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
     assert torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 

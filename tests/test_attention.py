@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from attending import (
     varlen_arguments,
 )
 from lmfuse import functional
+from lmfuse.bench.memory import beyond_prompt
 from lmfuse.functional import (
     single_query_cached_kv_attention,
     varlen_attention,
@@ -157,29 +156,11 @@ def test_what_no_row_sees_is_not_read(isa):
     assert not cut.isnan().any()
 
 
-_PEAK = """
-import torch
-from lmfuse.functional import attention
-
-def memory(field):
-    for line in open("/proc/self/status"):
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
-
-length = 32768
-q, k, v = (torch.randn(1, length, h, 64).bfloat16() for h in (4, 1, 1))
-attention(q[:, :512], k[:, :512], v[:, :512], causal=True)  # threads start
-open("/proc/self/clear_refs", "w").write("5")  # VmHWM from here on
-start = memory("VmRSS")
-out = attention(q, k, v, causal=True)
-print(memory("VmHWM") - start - out.nbytes)
-"""
-
-
 def test_peak_memory_of_a_prompt_of_32k():
     """No buffer of queries times keys: beyond q, k, v and the result there are some MB."""
-    done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 64 << 20
+    size = beyond_prompt()
+    assert size is not None
+    assert size < 64 << 20
 
 
 # --- the bits of a row ---------------------------------------------------------------------------
@@ -300,6 +281,8 @@ def test_dense_bad_input():
         (ValueError, "key_scales", (q, k.to(torch.int8), v), {"key_scales": torch.rand(2, 9, 1)}),
         (ValueError, "key", (q, k[:1], v), {}),
         (ValueError, "value", (q, k, v[:, :8]), {}),
+        (ValueError, "value", (q, k, v[..., :0]), {}),
+        (TypeError, "'window_left'", (q, k, v), {"window": ("near", 1)}),
         (ValueError, "divide", (q[:, :, :3], k, v), {}),
         (ValueError, "mask", (q, k, v), {"mask": torch.ones(3, 1, 3, 9)}),
         (ValueError, "mask", (q, k, v), {"mask": torch.ones(1, 1, 1, 3, 9)}),

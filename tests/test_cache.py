@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmfuse.functional import reshape_and_cache
+from lmfuse.functional import new_cache, reshape_and_cache
 
 FP8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 
@@ -90,6 +90,67 @@ def test_int8_has_a_scale_per_token_and_head(isa, dtype):
     assert torch.equal(caches[0], caches[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_around_the_caches_keep_every_bit(isa, dtype):
+    """From 4 MB on; NaN and infinities of any bits, an odd number of halves, rows off their lines.
+
+    The last two dimensions of the cache in each order: IPEX's layout and that of vLLM's flash.
+    """
+    for dim, gap, flash in ((128, 0, False), (128, 0, True), (96, 0, False), (128, 8, False)):
+        tokens, heads, block = 2 * (4 << 20) // (8 * dim * dtype.itemsize), 4, 16
+        x = torch.randint(256, (tokens, heads, dim * dtype.itemsize), dtype=torch.uint8).view(dtype)
+        inner = (block, heads) if flash else (heads, block)
+        sizes = (-(-tokens // block), *inner)
+        caches = [torch.zeros(*sizes, dim + gap, dtype=dtype)[..., :dim] for _ in range(2)]
+        if flash:
+            caches = [c.transpose(1, 2) for c in caches]
+        slots = torch.randperm(tokens)
+        slots[7] = -1
+        reshape_and_cache(x, x, *caches, slots)
+        for cache in caches:
+            rows = cache.transpose(1, 2).reshape(-1, heads, dim)
+            assert torch.equal(bits(rows[slots[8:]]), bits(x[8:]))
+            assert torch.equal(bits(rows[slots[:7]]), bits(x[:7]))
+            assert bits(rows).ne(0).any(-1).any(-1).sum() == tokens - 1
+    odd = torch.randint(256, (5, 3, 16), dtype=torch.uint8).view(dtype)[..., :-1]
+    cache = torch.zeros(2, 3, 4, odd.shape[2], dtype=dtype)
+    reshape_and_cache(odd, odd, cache, cache.clone(), torch.arange(5))
+    got = cache.transpose(1, 2).reshape(8, 3, -1)[:5]
+    assert torch.equal(bits(got), bits(odd))
+
+
+def test_new_caches_are_apart_and_in_large_pages():
+    """Small ones share pages, large ones begin with one; what nobody wrote is not there."""
+    large_page, shapes = 2 << 20, [(3, 5, 7), (), (0, 4), (1000, 130), (3, 2, 5000), (9, 1 << 20)]
+    dtypes = [torch.int8, torch.bfloat16, torch.float8_e5m2, torch.float32]
+    caches = [new_cache(shape, dtype) for shape in shapes * 2 for dtype in dtypes]
+    for i, cache in enumerate(caches):
+        cache.view(torch.uint8 if cache.dim() else cache.dtype).fill_(i)
+    for i, cache in enumerate(caches):
+        shape, dtype = (shapes * 2)[i // 4], dtypes[i % 4]
+        assert cache.shape == shape
+        assert cache.dtype is dtype
+        assert cache.is_contiguous()
+        assert cache.data_ptr() % (large_page if cache.nbytes > 8 << 20 else 64) == 0
+        whole = cache.view(torch.uint8) if cache.dim() else cache.float()
+        assert (whole == i).all()
+    small = [new_cache((1000,), torch.int8).data_ptr() for _ in range(9)]
+    assert sum(abs(a - b) <= 1024 for a, b in zip(small, small[1:], strict=False)) >= 7
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    before = resident()
+    cache = new_cache((1 << 30,), torch.int8)
+    cache[:9], cache[-9:] = 1, 2
+    assert resident() - before < 16 << 20
+    with pytest.raises(ValueError, match=r"shape is \(3, -1\), but no size may be negative"):
+        new_cache((3, -1), torch.float32)
+    compiled = torch.compile(lambda: new_cache((3, 4), torch.bfloat16), fullgraph=True)
+    assert compiled().shape == (3, 4)
+
+
 def _valid() -> dict[str, object]:
     cache = torch.zeros(4, 2, 8, 16)
     return {
@@ -119,6 +180,7 @@ def _valid() -> dict[str, object]:
         ({"kv_cache_dtype": "int4"}, TypeError, "kv_cache_dtype"),
         ({"key_scales": torch.zeros(4, 2, 8)}, TypeError, "key_scales"),
         ({"k_scale": 0.0}, ValueError, "k_scale"),
+        ({"kv_cache_dtype": "fp8", "key_cache": None}, TypeError, "key_cache"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(change, error, text):
@@ -128,6 +190,16 @@ def test_bad_input_is_named_before_anything_is_written(change, error, text):
         reshape_and_cache(**arguments)
     after = [bits(arguments[n]) for n in ("key_cache", "value_cache")]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_scales_that_share_memory_are_refused():
+    cache = torch.zeros(2, 3, 4, 16, dtype=torch.int8)
+    scales = torch.zeros(2, 4, 3).transpose(1, 2)
+    x, shared = torch.randn(5, 3, 16), torch.zeros(2, 1, 4).expand(2, 3, 4)
+    arguments = (x, x, cache, cache.clone(), torch.arange(5))
+    reshape_and_cache(*arguments, key_scales=scales, value_scales=scales.clone())
+    with pytest.raises(ValueError, match="value_scales is written in place, but several"):
+        reshape_and_cache(*arguments, key_scales=scales, value_scales=shared)
 
 
 def test_compile():

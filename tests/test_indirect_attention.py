@@ -132,6 +132,7 @@ def test_indirect_bad_input():
     bad[3] = 4
     parents = past[3].clone()
     parents[9, 0] = 3  # batch of the prompt
+    shared, fp8 = past[1][:1].expand(past[1].shape), torch.float8_e5m2
 
     def step(**change):
         a = {"query": q, "key": k, "value": v, "scale_attn": 4.0, "layer_past": past} | change
@@ -150,6 +151,14 @@ def test_indirect_bad_input():
         (TypeError, r"layer_past\[1\]", {"layer_past": (past[0], past[1].half(), *past[2:])}),
         (ValueError, r"layer_past\[1\]", {"layer_past": (past[0], past[1][:, :2], *past[2:])}),
         (ValueError, r"layer_past\[3\]", {"layer_past": (*past[:3], past[3][:-1])}),
+        (TypeError, r"layer_past\[3\]", {"layer_past": (*past[:3], None)}),
+        (TypeError, r"layer_past\[2\]", {"layer_past": (*past[:2], past[2].to(fp8), past[3])}),
+        (ValueError, r"layer_past\[2\]", {"layer_past": (*past[:2], past[2][..., :15], past[3])}),
+        (ValueError, r"layer_past\[1\]", {"layer_past": (past[0], shared, *past[2:])}),
+        (ValueError, "value is on meta", {"value": v.to("meta")}),
+        (ValueError, r"layer_past\[2\]", {"value": torch.randn(4, 1, 2, 8)}),
+        (ValueError, "scale_attn", {"scale_attn": 0.0}),
+        (ValueError, "scale_attn", {"scale_attn": math.nan}),
         (ValueError, "prompt", {"layer_past": (*past[:3], parents)}),
         (ValueError, "row 4", {"layer_past": (later[0], *later[1:3], bad)}),
         (ValueError, "holds 9 tokens", {"seq_info": 9}),

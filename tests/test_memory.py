@@ -8,6 +8,7 @@ Under `tools/asan`, what the ops allocate themselves is watched as well.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import subprocess
 import sys
@@ -27,6 +28,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 PROT_NONE = 0
 CANARY = 0xA5
+SMALL = (torch.float8_e5m2, torch.float8_e4m3fn, torch.int8)  # what else caches may hold
 
 
 class Guarded:
@@ -177,6 +179,28 @@ def _attention(data: st.DataObject) -> None:
         operand.check()
 
 
+def _caches(data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype) -> list[Placed]:
+    """Keys and values, of `dtype`, fp8 or int8, and with int8 their scales."""
+    kind = data.draw(st.sampled_from((dtype, dtype, *SMALL)))
+    caches = [_heads(data, shape, kind) for _ in range(2)]
+    scales = [_heads(data, shape[:-1], F32) for _ in range(2)] if kind is torch.int8 else []
+    return caches + scales
+
+
+def _named(caches: list[Placed]) -> dict[str, Tensor]:
+    names = ("key_cache", "value_cache", "key_scales", "value_scales")
+    return {name: c.tensor for name, c in zip(names, caches, strict=False)}
+
+
+def _misses(tables: Tensor, lens: Tensor, blocks: int, block: int) -> bool:
+    """Whether a sequence needs blocks that its row of the tables, or the cache, does not have."""
+    room = tables.shape[1] * block
+    if bool((lens < 0).any() or (lens > room).any()):
+        return True
+    rows = zip(tables.tolist(), lens.tolist(), strict=True)
+    return any(not 0 <= entry < blocks for row, n in rows for entry in row[: -(-n // block)])
+
+
 def _paged_attention(data: st.DataObject) -> None:
     """Also with wrong block tables and lengths, which are refused before anything is read."""
     blocks, block, kv_heads, group = (data.draw(st.integers(1, n)) for n in (5, 40, 2, 4))
@@ -184,17 +208,39 @@ def _paged_attention(data: st.DataObject) -> None:
     dim = data.draw(st.sampled_from((8, 32, 64)))
     dtype = data.draw(st.sampled_from(DTYPES))
     query = _heads(data, (batch, kv_heads * group, dim), dtype)
-    caches = [_heads(data, (blocks, kv_heads, block, dim), dtype) for _ in range(2)]
+    caches = _caches(data, (blocks, kv_heads, block, dim), dtype)
     out = _heads(data, (batch, kv_heads * group, dim), dtype)
     tables = _integers(data, (batch, width), 0, blocks - 1)
     lens = _integers(data, (batch,), 0, width * block)
-    bad = bool((lens < 0).any() or (lens > width * block).any())
-    for row, n in zip(tables.tolist(), lens.clamp(0, width * block).tolist(), strict=True):
-        bad |= any(not 0 <= entry < blocks for entry in row[: -(-n // block)])
-    key, value = (c.tensor for c in caches)
-    arguments = (out.tensor, query.tensor, key, value, None, 0.2, tables, lens, block, 9, None)
-    refused = _refused(lambda: F.single_query_cached_kv_attention(*arguments))
-    assert refused == bad
+    bad = _misses(tables, lens, blocks, block)
+    call = functools.partial(
+        F.single_query_cached_kv_attention, out.tensor, query.tensor, **_named(caches),
+        head_mapping=None, scale=0.2, block_tables=tables, context_lens=lens, block_size=block,
+        max_context_len=9, alibi_slopes=None,
+    )  # fmt: skip
+    assert _refused(call) == bad
+    out.check(written=not bad)
+    for operand in (query, *caches):
+        operand.check()
+
+
+def _paged_prompt(data: st.DataObject) -> None:
+    """As `_paged_attention`, of several tokens for each sequence."""
+    blocks, block, batch, width = (data.draw(st.integers(1, n)) for n in (5, 40, 3, 4))
+    tokens, dtype = data.draw(st.integers(1, 12)), data.draw(st.sampled_from(DTYPES))
+    query, out = (_heads(data, (tokens, 4, 32), dtype) for _ in range(2))
+    caches = _caches(data, (blocks, 2, block, 32), dtype)
+    tables = _integers(data, (batch, width), 0, blocks - 1)
+    ends, lens = _integers(data, (batch,), 0, tokens), _integers(data, (batch,), 0, width * block)
+    cu_q = torch.cat((torch.zeros(1).long(), ends.sort().values))
+    cu_kv = torch.cat((torch.zeros(1).long(), lens.cumsum(0)))
+    bad = _misses(tables, lens, blocks, block) or bool((ends < 0).any() or (ends > tokens).any())
+    call = functools.partial(
+        F.flash_attn_varlen_func, out.tensor, query.tensor, **_named(caches), cu_seqlens_q=cu_q,
+        cu_seqlens_kv=cu_kv, max_seqlen_q=9, max_seqlen_kv=9, scale=0.2,
+        is_cusal=data.draw(st.booleans()), block_tables=tables, alibi_slopes=None,
+    )  # fmt: skip
+    assert _refused(call) == bad
     out.check(written=not bad)
     for operand in (query, *caches):
         operand.check()
@@ -248,18 +294,49 @@ def _indirect_attention(data: st.DataObject) -> None:
 
 def _cache_write(data: st.DataObject) -> None:
     tokens, blocks, block, heads = (data.draw(st.integers(1, n)) for n in (5, 4, 9, 3))
-    dim, value_dim = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    dim = data.draw(st.integers(1, 70))
     dtype = data.draw(st.sampled_from(DTYPES))
-    key, value = (_operand(data, (tokens, heads, d), dtype) for d in (dim, value_dim))
-    caches = [_heads(data, (blocks, heads, block, d), dtype) for d in (dim, value_dim)]
+    key, value = (_operand(data, (tokens, heads, dim), dtype) for _ in range(2))
+    caches = _caches(data, (blocks, heads, block, dim), dtype)
     slots = _integers(data, (tokens,), -1, blocks * block - 1)
-    arguments = (key.tensor, value.tensor, *(c.tensor for c in caches), slots)
     bad = bool((slots >= blocks * block).any())
-    assert _refused(lambda: F.reshape_and_cache(*arguments)) == bad
+    call = functools.partial(
+        F.reshape_and_cache, key.tensor, value.tensor, slot_mapping=slots, **_named(caches)
+    )
+    assert _refused(call) == bad
     for cache in caches:
         cache.check(written=not bad)
     key.check()
     value.check()
+
+
+def _large_cache_write(data: st.DataObject) -> None:
+    """So many rows that they go around the caches, if they begin where lines do."""
+    tokens, heads, dtype = 1100, 8, data.draw(st.sampled_from((BF16, F32)))
+    dim = data.draw(st.sampled_from((120, 128, 160)))
+    layout: Layout = ([1, 0, 2, 3], [0, 0, data.draw(st.sampled_from((0, 32))), 0], 1, True)
+    rows = torch.randn(tokens, heads, dim).to(dtype)
+    caches = [Placed((tokens // 10, heads, 10, dim), dtype, layout) for _ in range(2)]
+    slots = torch.randperm(tokens)
+    F.reshape_and_cache(rows, rows, *(c.tensor for c in caches), slots)
+    for cache in caches:
+        cache.check(written=True)
+        assert_same_bits(cache.tensor.transpose(1, 2).reshape(rows.shape)[slots], rows)
+
+
+def _linear(data: st.DataObject) -> None:
+    """The weight is lmfuse's own memory; all else lies between fences."""
+    rows, n, k = data.draw(st.integers(0, 40)), *(data.draw(st.integers(1, 100)) for _ in range(2))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    weights = [F.pack_linear(torch.randn(n, k).to(dtype)) for _ in range(2)]
+    x = _operand(data, (rows, k), dtype)
+    bias = _operand(data, (n,), data.draw(st.sampled_from(DTYPES)))
+    others = [_operand(data, (rows, n), dtype) for _ in range(2)]
+    y = F.linear(x.tensor, weights[0], bias.tensor, "add_add", *(o.tensor for o in others))
+    assert y.shape == F.linear_gate_up(x.tensor, *weights, bias.tensor).shape == (rows, n)
+    assert y.isfinite().all() or dtype is not F32
+    for operand in (x, bias, *others):
+        operand.check()
 
 
 # Every op: a function that draws operands, calls it and checks them. Other stems add theirs.
@@ -272,9 +349,12 @@ CALLS: dict[str, Callable[[st.DataObject], None]] = {
     "gelu_mul": lambda data: _gated(data, F.gelu_mul),
     "attention": _attention,
     "attention paged": _paged_attention,
+    "attention paged prompt": _paged_prompt,
     "attention varlen": _varlen_attention,
     "attention indirect": _indirect_attention,
     "cache_write": _cache_write,
+    "cache_write large": _large_cache_write,
+    "linear": _linear,
     "gelu_mul tanh": lambda data: _gated(data, lambda x, y: F.gelu_mul(x, y, approximate="tanh")),
 }
 

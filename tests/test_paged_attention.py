@@ -134,6 +134,8 @@ def test_shared_prefixes_give_the_same_bits(isa, dtype):
         ({"context_lens": torch.tensor([9])}, ValueError, "context_lens"),
         ({"context_lens": torch.tensor([9.0, 16.0])}, TypeError, "context_lens"),
         ({"block_size": 16}, ValueError, "block_size"),
+        ({"key_cache": torch.randn(6, 8)}, ValueError, "key_cache"),
+        ({"key_cache": None}, TypeError, "key_cache"),
         ({"value_cache": torch.randn(6, 2, 8, 16).half()}, TypeError, "value_cache"),
         ({"value_cache": torch.randn(5, 2, 8, 16)}, ValueError, "value_cache"),
         ({"query": torch.randn(2, 4, 15)}, ValueError, "key_cache"),

@@ -40,43 +40,51 @@ LMFUSE_INLINE void copy_row(bool stream, T* to, const T* from, int64_t n) {
   }
 }
 
+// max |x|; NaN does not count.
+template <class T>
+LMFUSE_INLINE float largest(const T* x, int64_t n) {
+  Vec most = broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) most = max(abs(load(x + i)), most);
+  if (i < n) most = max(abs(load(x + i, Lanes::first(n - i))), most);
+  return max(most);
+}
+
 // One row of a head; the loops over bytes are left to the compiler's vectorizer.
 template <class From>
 void write_row(const CacheArgs& a, const CacheArgs::Side& s, const From* from, char* to,
                float* scale) {
-  const auto each = [&](float factor, auto write) LMFUSE_LAMBDA {
+  auto* bytes = reinterpret_cast<uint8_t*>(to);
+  const auto each = [&](auto prepare, auto code) LMFUSE_LAMBDA {
     constexpr int64_t kPart = 64;
     float wide[kPart];
     for (int64_t i = 0; i < s.dim; i += kPart) {
       const int64_t n = s.dim - i < kPart ? s.dim - i : kPart;
-      map(wide, n, [&](int64_t j, auto l) { return load(from + i + j, l) * broadcast(factor); });
-      for (int64_t j = 0; j < n; ++j) write(i + j, wide[j]);
+      map(wide, n, [&](int64_t j, auto l) { return prepare(load(from + i + j, l)); });
+      for (int64_t j = 0; j < n; ++j) bytes[i + j] = code(wide[j]);
     }
   };
-  auto* bytes = reinterpret_cast<uint8_t*>(to);
+  const auto scaled = [&](Vec x) { return x * broadcast(s.inverse_scale); };
   switch (a.to_type) {
     case KvType::f32:
     case KvType::bf16:
     case KvType::f16:
       return copy_row(a.stream, reinterpret_cast<From*>(to), from, s.dim);
     case KvType::e5m2:
-      return each(s.inverse_scale,
-                  [&](int64_t i, float x) { bytes[i] = to_fp8<2, 15>(x, 57344.0f); });
+      return each(scaled, [](float x) { return to_fp8<2, 15>(x, 57344.0f); });
     case KvType::e4m3:
-      return each(s.inverse_scale, [&](int64_t i, float x) { bytes[i] = to_fp8<3, 7>(x, 448.0f); });
+      return each(scaled, [](float x) { return to_fp8<3, 7>(x, 448.0f); });
     case KvType::i8: {
-      float largest = 0.0f;
-      each(1.0f, [&](int64_t, float x) {
-        const float a = __builtin_fabsf(x);
-        largest = a > largest ? a : largest;
-      });
-      *scale = largest / 127.0f;
+      const float most = largest(from, s.dim);
+      *scale = most / 127.0f;
+      const Vec factor = broadcast(most > 0.0f ? 127.0f / most : 0.0f);
       // Rounded to even by the bits that fp32 has no room for.
-      each(largest > 0.0f ? 127.0f / largest : 0.0f, [&](int64_t i, float x) {
-        const float bounded = x > 127.0f ? 127.0f : x > -127.0f ? x : -127.0f;
-        bytes[i] = static_cast<uint8_t>(bit_cast<uint32_t>(bounded + 12582912.0f));
-      });
-      return;
+      return each(
+          [&](Vec x) {
+            const Vec bounded = max(min(x * factor, broadcast(127.0f)), broadcast(-127.0f));
+            return bounded + broadcast(12582912.0f);
+          },
+          [](float x) { return static_cast<uint8_t>(bit_cast<uint32_t>(x)); });
     }
   }
 }

@@ -34,8 +34,8 @@ inline Tensor new_large_pages(int64_t size) {
   return torch::stable::narrow(all, 0, past ? kLargePage - static_cast<int64_t>(past) : 0, size);
 }
 
-// Large pages that small tensors share, so that none is left half empty: less than half a block lies
-// in one with its neighbours, more alone. A block goes when the last of its tensors does.
+// Large pages that small tensors share, so that none is left half empty: less than half a block
+// lies in one with its neighbours, more alone. A block goes when the last of its tensors does.
 class LargePageBlocks {
  public:
   explicit LargePageBlocks(int64_t pages) : size_(pages * kLargePage), used_(size_) {}
@@ -61,7 +61,7 @@ class LargePageBlocks {
 
 // Bytes that live as long as a model.
 inline Tensor new_weight_bytes(int64_t size) {
-  static auto* const blocks = new LargePageBlocks(32);  // never destroyed: torch may be gone by then
+  static auto* const blocks = new LargePageBlocks(32);  // never destroyed: torch may go first
   return blocks->take(size);
 }
 

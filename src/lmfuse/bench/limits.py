@@ -121,7 +121,7 @@ def read_probe() -> Probe:
 
 def copy_probe() -> Probe:
     """The better of two copy loops, with ordinary stores and around the caches."""
-    # Pages of 4 KB, as what the ops are given and return; only weights and caches lie in large ones.
+    # Pages of 4 KB, as what the ops are given and return; weights and caches lie in large ones.
     x, y = torch.ones(_PROBE_BYTES // 4), torch.ones(_PROBE_BYTES // 4)
 
     def copy(stream: bool) -> Run:

@@ -119,22 +119,21 @@ def reshape_and_cache(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if _attention.number(name, scale) == 0.0:
             raise ValueError(f"{name} is 0, but the cache holds what is divided by it")
-    _check_writable(key_cache, value_cache)
-    if key_scales is not None:
-        _check_writable(key_scales, value_scales, "scales")
+    _check_writable(key_cache, value_cache, key_scales, value_scales)
     args = (key, value, key_cache, value_cache, slot_mapping, key_scales, value_scales)
     scales = float(k_scale), float(v_scale)
     call(_cache_write, *args, *scales, written=(2, 3), check=_check_cache_write)
     return key_cache, value_cache
 
 
-def _check_writable(key: Tensor, value: Tensor | None, what: str = "cache") -> None:
-    """Which the op does not see."""
+def _check_writable(*caches: Tensor | None) -> None:
+    """Which the op does not see: of the caches, and of their scales, each a row of its own."""
     if torch.compiler.is_compiling():  # symbolic strides cannot be sorted
         return
-    for name, x in (("key", key), ("value", value)):
-        if isinstance(x, Tensor) and x.dim():
-            _check.writable(f"{name}_{what}", x)
+    names = ("key_cache", "value_cache", "key_scales", "value_scales")
+    for name, cache in zip(names, caches, strict=True):
+        if isinstance(cache, Tensor) and cache.dim():
+            _check.writable(name, cache.unsqueeze(-1) if "scales" in name else cache)
 
 
 def _check_cache_write(

@@ -324,7 +324,8 @@ def _check_caches(layer_past: LayerPast, key: Tensor, value: Tensor, past: int) 
                 "dim]: the batch and heads of key"
             )
     _attention.equal("layer_past[1]", key_cache.shape[3], dim, "head dimension", "key")
-    _attention.equal("layer_past[2]", value_cache.shape[3], value.shape[3], "head dimension", "value")
+    dims = value_cache.shape[3], value.shape[3]
+    _attention.equal("layer_past[2]", *dims, "head dimension", "value")
     if value_cache.dtype != key_cache.dtype:
         raise TypeError(
             f"layer_past[2] is {value_cache.dtype}, but must be {key_cache.dtype}, the dtype of "

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import lmfuse
 from helpers import DTYPES
+from lmfuse import functional
 
 _forced = os.environ.get("LMFUSE_ISA", "").strip()
 ISAS = (_forced,) if _forced else lmfuse.available_isas()
@@ -33,3 +36,18 @@ def _two_threads_and_one_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call of the decoder op had."""
+    calls: list[int] = []
+    stock = functional.decoder
+
+    def counted(x: Tensor, stack: functional.DecoderStack, *args: Any) -> Tensor:
+        result = stock(x, stack, *args)
+        calls.append(len(stack))
+        return result
+
+    monkeypatch.setattr(functional, "decoder", counted)
+    return calls

@@ -91,7 +91,8 @@ def test_both_write_the_same_in_float32(small: None) -> None:
         assert ours.same == case.new + 1
         assert stock.same is None
         assert min(ours.first, stock.first) > 0
-        assert ours.outside is not None and 0 < ours.outside < 1
+        assert ours.outside is not None
+        assert 0 < ours.outside < 1
         assert stock.outside is None
         assert ours.decode == case.batch / ours.next
 

@@ -301,21 +301,6 @@ def model_of(family: str = "llama", **changed: Any) -> Any:
     return model
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of the op had."""
-    calls: list[int] = []
-    stock = functional.decoder
-
-    def counted(x: Tensor, stack: functional.DecoderStack, *args: Any) -> Tensor:
-        result = stock(x, stack, *args)
-        calls.append(len(stack))
-        return result
-
-    monkeypatch.setattr(functional, "decoder", counted)
-    return calls
-
-
 def inputs(padded: bool) -> dict[str, Tensor]:
     ids = torch.randint(3, 128, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""Decoder layers over quantized weights: the op against the single ops, and models that run in it."""
+"""Decoder layers over quantized weights: the op against the single ops, and models in it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from lmfuse.generation import Cache
 from lmfuse.hf import decoder as joint
 from lmfuse.modules import QuantizedLinear
 from lmfuse.quantization import WeightOnlyConfig
-from test_decoder import DIM, HIDDEN, INNER, Run, generated, inputs, make, model_of, runs
-
+from test_decoder import DIM, HIDDEN, INNER, Run, generated, inputs, make, model_of
 
 _NAMES = ("query", "key", "value", "output", "gate", "up", "down")
 
@@ -48,9 +47,7 @@ def quantized(
         extra["offsets"] = torch.randn(n, groups) / span
     if group != -1:
         scales = scales.bfloat16()
-    packed = functional.pack_quantized(
-        kind, codes, scales, group_size=group, g_idx=order, **extra
-    )
+    packed = functional.pack_quantized(kind, codes, scales, group_size=group, g_idx=order, **extra)
     bias = torch.randn(n) if how.pop("bias", False) else None
     return DecoderLinear(packed, bias, compute, how.pop("block_scales", False))
 
@@ -314,9 +311,7 @@ def test_bfloat16_is_as_near_as_the_modules(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_is_changed_counts(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = lmfuse.optimize(
-        model_of(), quantization_config=WeightOnlyConfig(8, compute="bf16")
-    )
+    ours = lmfuse.optimize(model_of(), quantization_config=WeightOnlyConfig(8, compute="bf16"))
     other = lmfuse.optimize(model_of().half().float(), quantization_config=WeightOnlyConfig(8))
     before = logits(ours)
     down = ours.model.layers[1].mlp.down_proj
@@ -337,16 +332,12 @@ def test_what_is_changed_counts(runs: list[int], monkeypatch: pytest.MonkeyPatch
     follows()
     down.weight = kept
     assert_same_bits(logits(ours), before)
-    ours.model.layers[0].self_attn.q_proj = copy.deepcopy(
-        other.model.layers[1].self_attn.q_proj
-    )
+    ours.model.layers[0].self_attn.q_proj = copy.deepcopy(other.model.layers[1].self_attn.q_proj)
     follows()
 
 
 def test_who_looks_inside_sees_modules(runs: list[int]) -> None:
-    ours = lmfuse.optimize(
-        model_of(), quantization_config=WeightOnlyConfig(8, compute="int8")
-    )
+    ours = lmfuse.optimize(model_of(), quantization_config=WeightOnlyConfig(8, compute="int8"))
     seen: list[nn.Module] = []
     module = ours.model.layers[1].mlp.down_proj
     handle = module.register_forward_hook(lambda m, *_: seen.append(m))
@@ -367,9 +358,7 @@ def test_another_layer_class_runs_as_modules(runs: list[int]) -> None:
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
-    ours = lmfuse.optimize(
-        model_of(), quantization_config=WeightOnlyConfig(8, compute="int8")
-    )
+    ours = lmfuse.optimize(model_of(), quantization_config=WeightOnlyConfig(8, compute="int8"))
     before = logits(ours)
     runs.clear()
     ours.model.layers[0].mlp.down_proj.__class__ = Doubled

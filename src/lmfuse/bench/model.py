@@ -186,7 +186,7 @@ class ModelRunner:
         for model in self.models.values():
             _generate(model, ids, case, 2)
         for _ in range(rounds):
-            for name, model in self.models.items():
+            for name in self.models:
                 runs[name].append(self._round(name, ids, case))
         expected = runs["stock"][0].tokens if "stock" in runs else None
         for name, found in runs.items():
@@ -251,27 +251,26 @@ def _seconds(run: Callable[[], object], samples: int = 3) -> float:
     return median(taken)
 
 
-def _mark(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """A logits processor that marks each step for the profiler, and changes nothing."""
-    with torch.profiler.record_function(_MARK):
-        return scores
-
-
 def _outside(model: Any, ids: Tensor, case: ModelCase, new: int = 12) -> float:
     """The share of a next token that is not spent in lmfuse's ops, as torch's profiler has it."""
-    from transformers import LogitsProcessorList
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Mark(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            with torch.profiler.record_function(_MARK):
+                return scores
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        _generate(model, ids, case, 1 + new, logits_processor=LogitsProcessorList([_mark]))
+        _generate(model, ids, case, 1 + new, logits_processor=LogitsProcessorList([Mark()]))
     events = [(e.name, e.time_range.start, e.time_range.end) for e in seen.events()]
     marks = sorted(start for name, start, _ in events if name == _MARK)
     begin, end = marks[0], marks[-1]
-    ops = sum(
+    ops: float = sum(
         stop - start
         for name, start, stop in events
         if name.startswith("lmfuse::") and begin < start < end
     )
-    return 1 - ops / (end - begin)
+    return 1 - ops / float(end - begin)
 
 
 def _generate(model: Any, ids: Tensor, case: ModelCase, new: int, **options: Any) -> Tensor:

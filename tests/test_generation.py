@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -303,6 +304,18 @@ def test_what_else_generate_takes() -> None:
         assert torch.equal(generate(model, assistant_model=assistant, **ALONE), expected)
 
 
+@pytest.mark.parametrize("mode", ["greedy", "several", "samples"])
+def test_embeddings_in_place_of_ids(mode: str) -> None:
+    stock = make()
+    embeds = stock.get_input_embeddings()(batch()["input_ids"]).detach()
+    given = {"input_ids": None, "inputs_embeds": embeds}
+    expected = generate(stock, mode, **given)
+    for model in (lmfuse.optimize(stock), bind(copy.deepcopy(stock))):
+        watch = Watch(model)
+        assert torch.equal(generate(model, mode, **given), expected)
+        assert watch.prompt() == 0
+
+
 def test_generation_goes_on_from_a_cache_that_is_filled() -> None:
     ids = []
     for model in (make(), lmfuse.optimize(make())):
@@ -344,6 +357,26 @@ def test_called_directly_with_the_arguments_of_ipex(make_model: Callable[[], Any
     torch.manual_seed(5)
     drawn = model.beam_sample(many.pop("input_ids"), warp, None, config, False, **many)
     assert torch.equal(drawn, expected)
+
+
+def test_direct_calls_count_positions_from_the_padding_on() -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128}
+    config = transformers.GPT2Config(**sizes, n_positions=32, eos_token_id=None, pad_token_id=0)
+    stock = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        stock.transformer.wpe.weight.mul_(50)
+    beams = GenerationConfig(max_new_tokens=12, num_beams=3)
+    for model in (stock, lmfuse.optimize(stock)):
+        inputs = batch()
+        found = lmfuse.generation.hf_greedy_search(model, max_length=21, **inputs)
+        assert torch.equal(found, generate(stock))
+        found = lmfuse.generation.hf_beam_search(model, generation_config=beams, **expanded(3))
+        assert torch.equal(found, generate(stock, num_beams=3))
+    wrong = lmfuse.generation.hf_greedy_search(
+        stock, max_length=21, **batch(), position_ids=torch.arange(9)[None].expand(2, -1)
+    )
+    assert not torch.equal(wrong, generate(stock))
 
 
 def test_direct_calls_keep_to_what_they_are_given() -> None:
@@ -410,9 +443,10 @@ def test_binding_changes_one_model_alone() -> None:
     model, other = make(), make()
     bind(model)
     assert vars(other).keys() == vars(make()).keys()
-    clone = copy.deepcopy(model)
-    assert clone.generate.__self__ is clone
-    assert clone.beam_search.__self__ is clone
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert clone.generate.args == clone.beam_search.args == (clone,)
+        assert clone.beam_search.func is lmfuse.generation.hf_beam_search
+        assert torch.equal(generate(clone, "beams"), generate(model, "beams"))
     watch = Watch(other)
     generate(other, "beams")
     assert watch.prompt() == 3 * 2 * 9

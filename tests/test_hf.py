@@ -7,6 +7,7 @@ import functools
 import io
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -298,6 +299,19 @@ class _OddRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + self.eps)
+
+
+class _TalkativeRMSNorm(nn.RMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype is not self.weight.dtype:
+            warnings.warn("mismatch", stacklevel=1)  # as torch does, but once in a process
+        return super().forward(x)
+
+
+def test_optimize_does_not_warn_of_its_own_experiments(recwarn: pytest.WarningsRecorder) -> None:
+    model = nn.Sequential(_TalkativeRMSNorm(64, eps=1e-6), nn.Linear(64, 64)).eval()
+    assert replaced(lmfuse.optimize(model)) == {RMS: 1}
+    assert not recwarn.list
 
 
 class _ChoosyRMSNorm(_OddRMSNorm):

@@ -358,8 +358,15 @@ def test_an_exception_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.Mo
     monkeypatch.setitem(hf.optimize.__globals__, "_cast", broken)
     with pytest.raises(OSError, match="no"):
         lmfuse.optimize(model, dtype=torch.bfloat16, inplace=True)
-    assert model.config._attn_implementation == "eager"
+    assert model.model.config._attn_implementation == "eager"
     assert type(model) is type(make())
+
+    monkeypatch.undo()
+    lmfuse.optimize(model, inplace=True)
+    monkeypatch.setitem(hf.optimize.__globals__, "_cast", broken)
+    with pytest.raises(OSError, match="no"):
+        lmfuse.optimize(model, dtype=torch.bfloat16, inplace=True)
+    assert model.model.config._attn_implementation == attention.NAME
 
 
 def test_attention_weights_come_from_eager_attention() -> None:

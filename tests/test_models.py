@@ -43,6 +43,7 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window
 MPT = {"d_model": 32, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64}
 RMS, OFFSET, LN = "rms_norm", "rms_norm (weight + 1)", "layer_norm"
 SILU, TANH, HALF = "silu_mul", "gelu_mul (tanh)", "rope (half)"
+WEIGHTS = "attention weights on demand"
 ATTENTION, GELU_MLP, TANH_MLP = "attention", "linear + gelu", "linear + gelu_tanh"
 # Which layers run whole is a matter of test_decoder.py.
 WHOLE = {"decoder layer", "stack of decoder layers", "table of angles"}
@@ -83,7 +84,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, str], set[str]]] = {
         {GELU_MLP, ATTENTION},
     ),
     "bloom": ("bloom", {"n_layer": LAYERS, "n_head": 4}, (2, LN), {TANH_MLP, ATTENTION}),
-    "mpt": ("mpt", {**MPT, "n_heads": 6, "d_model": 48}, (2, LN), {GELU_MLP, ATTENTION}),
+    "mpt": ("mpt", {**MPT, "n_heads": 6, "d_model": 48}, (2, LN), {GELU_MLP, ATTENTION, WEIGHTS}),
     "cohere": ("cohere", {}, (1, LN), {SILU, "rope (interleaved, doubled table)"}),
     "mixtral": ("mixtral", {"num_local_experts": 4}, (2, RMS), {HALF}),
     "qwen3_moe": (
@@ -266,8 +267,9 @@ def test_attention_of_our_own_under_all_masks_and_caches(name: str) -> None:
         assert torch.equal(generate(fused, beams, use_cache=False), expected)
 
 
-@pytest.mark.parametrize("name", ["gptj", "falcon", "bloom"])
-def test_attention_of_our_own_gives_weights_to_who_asks(name: str) -> None:
+# Of Falcon with ALiBi, transformers' eager attention adds the bias twice.
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"falcon alibi"}))
+def test_attention_weights_for_who_asks(name: str) -> None:
     stock = make(name)
     stock.config._attn_implementation = "eager"  # Falcon refuses the function that sets it
     fused = lmfuse.optimize(stock)
@@ -282,7 +284,17 @@ def test_attention_of_our_own_gives_weights_to_who_asks(name: str) -> None:
         close(mine, theirs)
 
 
-@pytest.mark.parametrize("name", ["llama", "gptj", "bloom", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generates_in_half_precision(name: str, kind: torch.dtype) -> None:
+    fused = lmfuse.optimize(make(name), dtype=kind)
+    assert generate(fused, 3).shape == (3, 17)
+    out = logits(fused)
+    assert out.dtype is kind
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo", "olmo2", "gptj", "bloom", "gpt2", "mixtral"])
 def test_half_precision_is_as_near_to_float32_as_stock(name: str) -> None:
     model = make(name).bfloat16()
     exact = logits(make(name).bfloat16().float())
@@ -305,6 +317,21 @@ def test_conv1d_is_packed_and_keeps_its_shape() -> None:
     assert torch.equal(layer.weight + 0, plain.weight / 2)
     assert again.to(torch.bfloat16).transformer.h[0].attn.c_attn.weight.shape == (32, 96)
     assert torch.equal(logits(pickle.loads(pickle.dumps(fused))), logits(fused))
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "gpt2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_can_be_resized(name: str, tied: bool) -> None:
+    stock = make(name, tie_word_embeddings=tied)
+    fused = lmfuse.optimize(stock)
+    generate(fused)
+    for size in (110, 97):
+        for model in (stock, fused):
+            torch.manual_seed(4)
+            model.resize_token_embeddings(size, mean_resizing=False)
+        assert logits(fused).shape[-1] == size
+        close(logits(fused), logits(stock))
+        assert torch.equal(generate(fused, 3), generate(stock, 3))
 
 
 # --- bad input -----------------------------------------------------------------------------------

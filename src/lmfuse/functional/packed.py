@@ -331,12 +331,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _set_data(weight: PackedWeight, value: Tensor) -> None:
-    """`weight.data = value`: foreign code, and Module.to with a dtype that cannot be packed."""
+    """`weight.data = value`, of any shape: foreign code, as of transformers when it resizes
+    embeddings, and Module.to with a dtype that cannot be packed."""
     new = value if isinstance(value, PackedWeight) else weight._again(value)
-    if new.shape != weight.shape:
-        raise ValueError(
-            f"data has shape {tuple(new.shape)}, but the packed weight has {tuple(weight.shape)}"
-        )
     if new._meta() == weight._meta():
         weight.packed = new.packed
         return

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,8 +60,10 @@ def arm(model: nn.Module) -> None:
             "transformers.GenerationMixin"
         )
     if not isinstance(model, SharesPrompts):
+        # Not as methods, which pickle looks up by name.
         vars(model).update(
-            generate=MethodType(_generate, model), _prefill=MethodType(_prefill, model)
+            generate=functools.partial(_generate, model),
+            _prefill=functools.partial(_prefill, model),
         )
 
 
@@ -107,7 +109,10 @@ class _Search:
         if model is None:
             return self
         arm(model)
-        return MethodType(self, model)
+        return functools.partial(self, model)
+
+    def __reduce__(self) -> str:
+        return self.__name__  # type: ignore[attr-defined, no-any-return]
 
 
 @_Search
@@ -284,6 +289,11 @@ def _decode(
     model._prepare_special_tokens(settings, device=input_ids.device, batch_size=rows)
     criteria = _criteria(criteria, settings, tokens)
     model_kwargs = {"use_cache": settings.use_cache, **model_kwargs}
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if takes_positions and model_kwargs.get("position_ids") is None:  # as `generate`
+        model_kwargs["position_ids"] = model._prepare_position_ids_for_generation(
+            input_ids, model_kwargs
+        )
     mode = settings.get_generation_mode()
     longest = settings.max_length or model.config.max_position_embeddings
     model._prepare_cache_for_generation(settings, model_kwargs, mode, rows // beams, longest)

@@ -85,7 +85,7 @@ def _first_of_each(repeats: int, inputs: dict[str, Any]) -> dict[str, Any] | Non
                 continue
             if value.shape[:1] != (rows,) or rows % repeats:
                 return None
-            groups = value.view(-1, repeats, *value.shape[1:])
+            groups = value.view(rows // repeats, repeats, *value.shape[1:])
             if not torch.equal(groups, groups[:, :1].expand_as(groups)):
                 return None
             few[name] = groups[:, 0]

@@ -8,8 +8,10 @@ wrong. `lmfuse` is for every ordinary forward; transformers' continuous batching
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
@@ -18,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils import output_capturing
 
 from lmfuse import functional
 from lmfuse.generation.cache import Cached
@@ -142,7 +145,8 @@ def attention(
         position_bias: added to the scores, as in T5.
         alibi: slopes, as in `lmfuse.functional.attention`.
         kwargs: cu_seq_lens_q, cu_seq_lens_k: cumulative lengths of sequences packed into one row.
-            output_attentions: the model's own eager attention answers, which has the weights.
+            output_attentions, or a forward that collects the weights: the model's own eager
+            attention answers, which has them.
 
     Returns:
         [batch, q_len, heads, dim], and None in place of the weights.
@@ -161,7 +165,7 @@ def attention(
     window = sliding_window if causal and not whole else None
     if isinstance(key, Appended) and isinstance(value, Appended):
         return _appended(query, key, value, attention_mask, scaling, window, softcap, s_aux), None
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or _weights_wanted():
         options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
         options |= {} if alibi is None else {"alibi": alibi}
         seen = _dense(attention_mask, query, key, causal, window)
@@ -271,6 +275,35 @@ def _appended(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     states = key.states, value.states
     return key.layer.attend(query, *states, mask, scale, window, softcap or 0.0, sinks)
+
+
+def _weights_wanted() -> bool:
+    """Whether transformers collects attention weights, or `wanting_weights` says so, of a forward
+    whose attention is not told."""
+    if torch.compiler.is_compiling():
+        return False
+    collects: dict[str, Any] | None
+    collects = output_capturing._active_collector.get()  # type: ignore[no-untyped-call]
+    return _wanting.weights or (
+        collects is not None and any(key.endswith("attentions") for key in collects)
+    )
+
+
+class _Wanting(threading.local):
+    weights = False
+
+
+_wanting = _Wanting()
+
+
+@contextmanager
+def wanting_weights() -> Iterator[None]:
+    """Within it, attention gives the weights as well."""
+    before, _wanting.weights = _wanting.weights, True
+    try:
+        yield
+    finally:
+        _wanting.weights = before
 
 
 def _hides(seen: Tensor | None) -> bool:

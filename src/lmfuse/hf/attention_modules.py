@@ -256,6 +256,17 @@ class MPT(FusedAttention):
         return self.out_proj(out), weights
 
 
+class MPTBlock(swap.Fused):
+    """transformers' MptBlock, which does not tell its attention that the weights are wanted."""
+
+    def forward(self, *args: Any, output_attentions: bool = False, **kwargs: Any) -> Any:
+        """See transformers."""
+        if not output_attentions:
+            return super().forward(*args, **kwargs)
+        with attention.wanting_weights():
+            return super().forward(*args, output_attentions=True, **kwargs)
+
+
 _FAMILIES: dict[str, type[FusedAttention]] = {
     "GPTJAttention": GPTJ,
     "CodeGenAttention": CodeGen,
@@ -268,7 +279,11 @@ _FAMILIES: dict[str, type[FusedAttention]] = {
 def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | None:
     """The swap for `module` if it is the attention of one of these families, or None."""
     kind = type(module)
-    if kind.__name__ not in _FAMILIES or not kind.__module__.startswith("transformers.models."):
+    if not kind.__module__.startswith("transformers.models."):
+        return None
+    if kind.__name__ == "MptBlock" and "forward" not in vars(module):
+        return swap.Swap(swap.subclass(MPTBlock, kind), "attention weights on demand")
+    if kind.__name__ not in _FAMILIES:
         return None
     ours = _FAMILIES[kind.__name__]
     if "forward" in vars(module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -87,7 +89,9 @@ def _recognised(
     probe = swap.copied(module, _parameters={**module._parameters, **weights})
     try:
         expected = probe.forward(x)
-        mixed = probe.forward(x.bfloat16()).dtype
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of what we want to see: two dtypes
+            mixed = probe.forward(x.bfloat16()).dtype
     except Exception as error:  # it is foreign code
         return f"its forward refused a test input: {error}"
     for becomes, centered, offset in (

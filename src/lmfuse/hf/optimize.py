@@ -85,6 +85,7 @@ def optimize(
     elif not inplace:
         model = copy.deepcopy(model)
     before = {module: type(module) for module in model.modules()}
+    first = _REPORT not in vars(model)
     try:
         done = _swap_all(model)
         if (joints := _joints()) is not None:
@@ -98,7 +99,7 @@ def optimize(
     except BaseException:
         for module, kind in before.items():
             module.__class__ = kind
-        if (joints := _joints()) is not None:
+        if first and (joints := _joints()) is not None:
             joints.leave(model)
         raise
     setattr(model, _REPORT, done)

@@ -28,26 +28,40 @@ class FusedRope(swap.Fused):
     """An attention module that rotates query and key in one sweep, rounded once."""
 
     fused_form: str  # a key of _FORMS
+    fused_promotes: bool  # bfloat16 heads and float32 tables -> float32 (else bfloat16)
 
     def __init_subclass__(cls) -> None:
-        forward = _rebound(cls.fused_stock.forward, _FORMS[cls.fused_form])
+        rotate = _pair(cls.fused_promotes, *_FORMS[cls.fused_form])
+        forward = _rebound(cls.fused_stock.forward, rotate)
         assert forward is not None  # plan made it once before
         cls.forward = forward
 
 
+_ALL, _EVERY_OTHER = slice(None), slice(None, None, 2)
+# The halves of a head are turned together, or its pairs; which columns of a table are its distinct
+# ones; and how many times its width is rotated.
+_FORMS: dict[str, tuple[bool, slice, int]] = {
+    "rope (half)": (True, _ALL, 1),
+    "rope (half, single table)": (True, _ALL, 2),
+    "rope (interleaved)": (False, _ALL, 1),
+    "rope (interleaved, doubled table)": (False, _EVERY_OTHER, 1),
+}
+
+
 def _pair(
-    rotary_half: bool, columns: slice = slice(None), times: int = 1
+    promotes: bool, rotary_half: bool, columns: slice, times: int
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Our `apply_rotary_pos_emb`; `columns` of a table are its distinct ones, and so many `times`
-    its width is rotated."""
+    """Our `apply_rotary_pos_emb`, of a form and with a result as `FusedRope` says."""
 
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(q.dtype, cos.dtype)  # they differ under autocast
+        if promotes:
+            wide = torch.promote_types(q.dtype, cos.dtype)  # they differ under autocast
+            q, k = q.to(wide), k.to(wide)
         return functional.rotate_qk(
-            q.to(wide),
-            k.to(wide),
+            q,
+            k,
             sin[..., columns],
             cos[..., columns],
             times * cos.shape[-1],
@@ -56,14 +70,6 @@ def _pair(
         )
 
     return apply_rotary_pos_emb
-
-
-_FORMS: dict[str, Callable[..., Any]] = {
-    "rope (half)": _pair(True),
-    "rope (half, single table)": _pair(True, times=2),
-    "rope (interleaved)": _pair(False),
-    "rope (interleaved, doubled table)": _pair(False, slice(None, None, 2)),
-}
 
 
 def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | None:
@@ -88,10 +94,22 @@ def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | No
             expected = [stock(*a) for a in probes]
         except Exception as error:
             return f"its RoPE refused a test input: {error}"
-    for form, ours in _FORMS.items():
+    promotes = _promotes(stock, *probes[0])
+    for form, how in _FORMS.items():
+        ours = _pair(promotes, *how)
         if all(swap.agrees(e, ours, *a) for e, a in zip(expected, probes, strict=True)):
-            return swap.Swap(swap.subclass(FusedRope, type(module), fused_form=form), form)
+            settings = {"fused_form": form, "fused_promotes": promotes}
+            return swap.Swap(swap.subclass(FusedRope, type(module), **settings), form)
     return "its RoPE is neither the half nor the interleaved one"
+
+
+def _promotes(stock: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether bfloat16 heads come back in float32, the dtype of the tables, as OLMo's do not."""
+    try:
+        result: Tensor = stock(q.bfloat16(), k.bfloat16(), cos, sin)[0]
+    except Exception:  # it is foreign code
+        return True
+    return result.dtype is torch.float32
 
 
 def _probes(tables: list[tuple[Tensor, Tensor]], times: int) -> list[tuple[Tensor, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -79,10 +81,9 @@ def demo(
         f"[dim]{dtype.value}, {torch.get_num_threads()} threads; medians of {_ROUNDS} rounds, "
         f"a prompt of {_PROMPT_TOKENS} tokens and {_NEXT_TOKENS} more. {_replaced(fused)}[/dim]"
     )
-    console.print(
-        "\n[dim]What became of each module:[/dim]  lmfuse explain smollm2"
-        "\n[dim]Talk with it:[/dim]                lmfuse chat smollm2"
-    )
+    me = f"{os.path.relpath(sys.executable)} -m lmfuse"
+    console.print(f"\n[dim]What became of each module:[/dim]  {me} explain smollm2")
+    console.print(f"[dim]Talk with it:[/dim]                {me} chat smollm2")
 
 
 def _require(console: Console) -> None:

@@ -20,7 +20,7 @@ from lmfuse.cli import bench as command
 
 
 def run(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words))
+    return CliRunner().invoke(app, list(words), prog_name="lmfuse")
 
 
 @pytest.fixture

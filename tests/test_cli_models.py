@@ -17,6 +17,7 @@ import lmfuse
 from lmfuse.bench import models as bench_models
 from lmfuse.cli import app
 from lmfuse.cli import chat as chat_command
+from lmfuse.cli._stream import Words
 from lmfuse.cli.chat import Conversation, ConversationTooLongError
 from lmfuse.cli.run import encode
 from tiny import save_tiny
@@ -125,6 +126,37 @@ def test_without_a_network_names_of_the_hub_are_refused_at_once(
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert "the Hugging Face Hub cannot be reached: name a folder, a GGUF file, or smollm2" in line
+
+
+def shown(written: str, width: int) -> list[str]:
+    """What a terminal of so many columns shows, without spaces at the ends of lines."""
+    lines, column = [""], 0
+    for c in written.replace("\x1b[K", "\0"):
+        if c == "\0":
+            lines[-1] = lines[-1][:column]
+        elif c == "\b":
+            column -= 1
+        elif c == "\n" or column == width:
+            lines.append("" if c == "\n" else c)
+            column = len(lines[-1])
+        else:
+            lines[-1] = lines[-1][:column] + c + lines[-1][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 50])
+def test_a_terminal_breaks_lines_between_words(pieces: int) -> None:
+    text = "the quick brown fox\njumps over unfathomable dogs, lazily  and so on"
+    written: list[str] = []
+    words = Words(written.append, width=11)
+    for i in range(0, len(text), pieces):
+        words(text[i : i + pieces])
+    lines = shown("".join(written), 11)
+    assert all(len(line) <= 11 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "").replace("\n", "")
+    assert lines[:3] == ["the quick", "brown fox", "jumps over"]
+    assert lines[-1].endswith("on")
 
 
 def test_smollm2_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+from transformers.utils.quantization_config import GgufConfig
 from typer.testing import CliRunner
 
 from lmfuse.cli import app
@@ -77,3 +79,24 @@ def test_the_reference_is_bfloat16(
     monkeypatch.setattr(command, "quantized", lambda m, c: seen.append(m) or quantized(m, c))
     assert run(tmp_path).exit_code == 0
     assert seen[0].dtype is torch.bfloat16
+
+
+def test_saves_what_was_a_gguf_file(
+    letters: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers refuses to save a model as long as it holds the quantizer of its file."""
+    tiny().save_pretrained(tmp_path / "in")
+    load = command.load_or_exit
+
+    def from_gguf(*words: Any) -> Any:
+        model, tokenizer = load(*words)
+        model.hf_quantizer = GgufHfQuantizer(GgufConfig())
+        with pytest.raises(ValueError, match="not serializable"):
+            model.save_pretrained(tmp_path / "stock")
+        return model, tokenizer
+
+    monkeypatch.setattr(command, "load_or_exit", from_gguf)
+    result = run(tmp_path / "in", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again.lm_head).__name__ == "QuantizedLinear"

@@ -326,6 +326,19 @@ def test_growing_leaves_others_alone():
 
 
 @pytest.mark.parametrize("kind", ["default", "yarn", "longrope", "dynamic"])
+@pytest.mark.parametrize("begin", [0, 3, MAX - 2])
+def test_angles_are_those_that_forward_turns_by(kind: str, begin: int) -> None:
+    rope = RotaryEmbedding(MAX, 32, extra_rope_config=CASES[kind])
+    x, length = torch.randn(2, 5, 1, 32), begin + 5
+    rows = torch.arange(begin, length)
+    for positions in (rows[None], rows[:1], torch.stack([rows, rows.flip(0)])):
+        sin, cos = rope.angles(5, positions, length)
+        assert sin.shape == cos.shape == (positions.shape[0], 5, HALF)
+        expected = functional.rotate(x, sin, cos, 32, True)
+        assert torch.equal(rope(x, positions, 1, 32, 16, 32, length), expected)
+
+
+@pytest.mark.parametrize("kind", ["default", "yarn", "longrope", "dynamic"])
 def test_threads_that_grow_at_once(kind):
     rope = RotaryEmbedding(MAX, 32, extra_rope_config=CASES[kind])
     lengths = [64 * n for n in range(1, 65)]

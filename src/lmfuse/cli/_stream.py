@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import sys
 import time
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from rich.cells import cell_len
 from torch import Tensor
 
 
@@ -63,6 +66,46 @@ def print_piece(text: str) -> None:
     """To standard output, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+class Words:
+    """Writes pieces to a terminal, whose lines are not to end within a word.
+
+    A word comes in pieces: once it does not fit, it moves to the next line.
+
+    Args:
+        write: prints; knows backspaces and the sequence that clears the rest of a line.
+        width: of the terminal.
+    """
+
+    def __init__(self, write: Callable[[str], object], width: int) -> None:
+        self.write, self.width = write, width
+        self._column = 0
+        self._word = ""  # what of the last word is on the screen
+
+    def __call__(self, text: str) -> None:
+        out = ""
+        for part in re.findall(r"\n|[^\S\n]+|\S+", text):
+            size, word = cell_len(part), cell_len(self._word)
+            if part == "\n":
+                self._column, self._word = 0, ""
+            elif part.isspace():
+                self._column, self._word = self._column + size, ""
+            elif self._column + size < self.width or word + size >= self.width:
+                self._column = (self._column + size) % self.width
+                self._word += part
+            else:
+                out += "\b" * word + "\x1b[K\n" + self._word
+                self._column, self._word = word + size, self._word + part
+            out += part
+        self.write(out)
+
+
+def printer() -> Callable[[str], object]:
+    """Prints pieces of an answer: as they are where no terminal shows them."""
+    if not sys.stdout.isatty():
+        return print_piece
+    return Words(print_piece, shutil.get_terminal_size().columns)
 
 
 @contextmanager

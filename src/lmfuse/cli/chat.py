@@ -17,7 +17,7 @@ from lmfuse.cli._load import (
     optimized,
     set_machine,
 )
-from lmfuse.cli._stream import Stream, print_piece, stopped_by_interrupt
+from lmfuse.cli._stream import Stream, print_piece, printer, stopped_by_interrupt
 from lmfuse.cli.run import answer
 
 _HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it; Ctrl-C stops an answer"
@@ -117,7 +117,7 @@ class Conversation:
                 f"the conversation has {ids.shape[1]} tokens, but the model reads at most {most}: "
                 "/clear forgets it"
             )
-        stream = Stream(self.tokenizer, print_piece)
+        stream = Stream(self.tokenizer, printer())
         cache = self._cache_for(ids)
         with stopped_by_interrupt() as stop:
             found = answer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -13,10 +15,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from lmfuse import hf
 from lmfuse.bench.models import SMOLLM2, quiet, smollm2_file
+from lmfuse.cli._stream import printer
 
 _NEEDS = {  # import name: what to ask pip for
     "transformers": '"transformers>=5.20"',
@@ -77,9 +79,11 @@ def demo(
     console.print(_agreement(*answers))
     console.print(
         f"[dim]{dtype.value}, {torch.get_num_threads()} threads; medians of {_ROUNDS} rounds, "
-        f"a prompt of {_PROMPT_TOKENS} tokens and {_NEXT_TOKENS} more. "
-        f"Replaced: {_replaced(fused)}.[/dim]"
+        f"a prompt of {_PROMPT_TOKENS} tokens and {_NEXT_TOKENS} more. {_replaced(fused)}[/dim]"
     )
+    me = f"{os.path.relpath(sys.executable)} -m lmfuse"
+    console.print(f"\n[dim]What became of each module:[/dim]  {me} explain smollm2")
+    console.print(f"[dim]Talk with it:[/dim]                {me} chat smollm2")
 
 
 def _require(console: Console) -> None:
@@ -124,13 +128,13 @@ def _answer(
     console: Console, model: Any, tokenizer: Any, inputs: Any, max_new_tokens: int
 ) -> list[int]:
     """The greedy answer, printed while it is made."""
-    printed = ""
+    printed, write = "", printer()
 
     def show(tokens: list[int]) -> None:
         nonlocal printed
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         if text.startswith(printed) and not text.endswith("\ufffd"):  # half a character: wait
-            console.print(Text(text[len(printed) :]), end="", soft_wrap=True)
+            write(text[len(printed) :])
             printed = text
 
     stream = _Stream(show)
@@ -188,9 +192,8 @@ def _agreement(stock: list[int], fused: list[int]) -> str:
 
 def _replaced(model: torch.nn.Module) -> str:
     report = hf.report(model)
-    kinds = list(report.replaced.values())
-    counts = [f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))]
-    return ", ".join([*counts, f"{len(report.packed)} packed linear layers"])
+    whole = sum(what == "decoder layer" for what in report.replaced.values())
+    return f"{len(report.packed)} linear layers were packed, {whole} decoder layers run as one op."
 
 
 if __name__ == "__main__":

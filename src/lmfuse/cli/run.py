@@ -16,7 +16,7 @@ from lmfuse.cli._load import (
     optimized,
     set_machine,
 )
-from lmfuse.cli._stream import Stream, print_piece, stopped_by_interrupt
+from lmfuse.cli._stream import Stream, print_piece, printer, stopped_by_interrupt
 
 
 def run(
@@ -55,7 +55,7 @@ def run(
     check_length(loaded, inputs["input_ids"].shape[1])
     if seed is not None:
         torch.manual_seed(seed)
-    stream = Stream(tokenizer, print_piece)
+    stream = Stream(tokenizer, printer())
     with stopped_by_interrupt() as stop:
         answer(loaded, inputs, stream, stop, max_new_tokens, temperature)
     print_piece("\n")

@@ -257,6 +257,9 @@ def remember(model: nn.Module, config: WeightOnlyConfig) -> None:
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
     }
     theirs.quantization_config = {**config.to_dict(), "layers": layers}
+    source = vars(model).get("hf_quantizer")
+    if source is not None and not source.is_serializable():
+        del model.hf_quantizer  # of a GGUF file, which the model no longer is
     head, inputs = _ask(model, "get_output_embeddings"), _ask(model, "get_input_embeddings")
     if getattr(head, "weight", None) is not getattr(inputs, "weight", None):
         for part in {id(c): c for c in (theirs, _text_config(theirs))}.values():

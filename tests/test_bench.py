@@ -71,8 +71,10 @@ def test_attention_cases_are_right(case: Case, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(y[: len(s)], s.view_as(y[: len(s)]), rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("compute", ["int8", "bf16"])
-@pytest.mark.parametrize(("kind", "group"), [("int8", -1), ("int4", 32)])
+WOQ = [(*form, compute) for form in (("int8", -1), ("int4", 32)) for compute in ("int8", "bf16")]
+
+
+@pytest.mark.parametrize(("kind", "group", "compute"), [*WOQ, ("nf4", 32, "bf16")])
 def test_woq_cases_are_right(
     kind: str, group: int, compute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,7 +238,7 @@ struct WoqRowsArgs {
   const int32_t* order;
   int64_t k, lda;
   void* rows;
-  float *sums, *scales;  // [m][blocks], scales for int8 only
+  float *sums, *scales;  // [blocks][m], or scales[m]; scales for int8 only
   float* scratch;        // k and packed_k floats, of the calling thread
 };
 

@@ -1,6 +1,6 @@
 // out = post(x W^T + bias) over quantized weights. Few rows: the codes are multiplied as they are
-// read, at the speed of memory. Many rows: a stretch of a panel is decoded once for all of them; the
-// tiles of gemm_tile.h and woq_*.h multiply it.
+// read, at the speed of memory. Many rows: a panel is decoded once for all of them; the tiles of
+// gemm_tile.h and woq_*.h multiply it.
 //
 // The sum of each block is a chain of its own (of fp32: one through all blocks); blocks are scaled
 // and added in their order. Neither depends on the number of rows, so a row's bits do not.
@@ -15,13 +15,12 @@ namespace {
 // How a level computes: a family of tiles, made for tiles of so many rows.
 //
 //   kRows      of the largest tile
-//   kColumns   of a stretch: what is decoded at once (kBlock: block by block)
+//   kBlocks    whether it takes a block at a time, or a whole panel
 //   kBytes     of a decoded code
-//   decodes(f, shared)    whether it decodes; shared: several tiles meet a stretch
+//   decodes(f, shared)    whether it decodes; shared: several tiles meet a panel
 //   decode(f, block, to)
-//   run(s)     adds a stretch to the sums of one tile
-constexpr int64_t kBlock = 0;
-constexpr int64_t kStretch = 8192;  // as bf16, half of a second-level cache of 1 MB
+//   run(s)     adds a block, or a panel, to the sums of one tile
+constexpr int64_t kMostDecoded = 1 << 16;  // columns: a panel of bf16 takes 4 MB
 
 // Nothing is read ahead of a block that is in the first-level cache.
 LMFUSE_INLINE Ahead nothing_ahead(const char* b) { return Ahead::of_next(b, 0, 0, kWhole); }
@@ -29,7 +28,8 @@ LMFUSE_INLINE Ahead nothing_ahead(const char* b) { return Ahead::of_next(b, 0, 0
 class F32 {
  public:
   static constexpr int kRows = FmaTile<float>::kRows;
-  static constexpr int64_t kColumns = kBlock, kBytes = 4;
+  static constexpr bool kBlocks = true;
+  static constexpr int64_t kBytes = 4;
   static bool decodes(const WoqFormat&, bool) { return true; }
   static void decode(const WoqFormat& f, const WoqBlock& block, char* to) {
     decode_f32(f, block, reinterpret_cast<float*>(to));
@@ -37,9 +37,9 @@ class F32 {
 
   F32(int64_t rows, const WoqFormat&) : tile_(rows) {}
   TileRows rows() const { return tile_.rows(); }
-  void run(const Stretch& s) {
+  void run(const WoqStep& s) {
     const WoqArgs& a = s.args;
-    const WoqPlace& at = *s.from;
+    const WoqPlace& at = *s.at;
     tile_.run(static_cast<const float*>(a.x) + s.row * a.lda + at.k0, a.lda, s.codes, at.k, s.sum,
               at.index > 0, nothing_ahead(s.codes));
   }
@@ -51,21 +51,24 @@ class F32 {
 class Int8 {
  public:
   static constexpr int kRows = kInt8Rows;
-  static constexpr int64_t kColumns = kStretch, kBytes = 1;
-  static bool decodes(const WoqFormat& f, bool shared) { return f.nibbles() && shared; }
+  static constexpr bool kBlocks = false;
+  static constexpr int64_t kBytes = 1;
+  static bool decodes(const WoqFormat& f, bool shared) {
+    return f.nibbles() && shared && f.k <= kMostDecoded;
+  }
   static void decode(const WoqFormat&, const WoqBlock& block, char* to) {
     decode_nibbles(block.codes, block.k, to);
   }
 
   Int8(int64_t rows, const WoqFormat& f) : rows_(rows), nibbles_(f.nibbles()) {}
   TileRows rows() const { return {rows_, rows_, 0}; }
-  void run(const Stretch& s) {
+  void run(const WoqStep& s) {
     with_count<kRows>(rows_, [&](auto r) LMFUSE_LAMBDA {
       constexpr int kTile = decltype(r)::value;
-      if (s.alone) return nibbles_ ? int8_blocks<kTile, Nibbles, true>(s)
-                                  : int8_blocks<kTile, SignedBytes, true>(s);
-      return nibbles_ ? int8_blocks<kTile, NibbleBytes, false>(s)
-                      : int8_blocks<kTile, SignedBytes, false>(s);
+      if (nibbles_ && s.codes) return int8_panel<kTile, NibbleBytes, false>(s);
+      if (nibbles_) return int8_panel<kTile, Nibbles, true>(s);
+      if (s.alone) return int8_panel<kTile, SignedBytes, true>(s);
+      return int8_panel<kTile, SignedBytes, false>(s);
     });
   }
 
@@ -78,14 +81,14 @@ class Int8 {
 
 // The block of a stretch, scaled and added, where a tile has left it in memory.
 template <class Acc, class Scale>
-LMFUSE_INLINE void add_tile(const Stretch& s, const TileRows& rows, float shift, const Acc* acc,
+LMFUSE_INLINE void add_tile(const WoqStep& s, const TileRows& rows, float shift, const Acc* acc,
                             Scale x_scale) {
   const WoqFormat& f = s.args.format;
-  const int64_t blocks = woq_blocks(f), index = (*s.from).index;
-  const WoqScales w = load_scales(f, WoqBlock(*s.from, s.panel), shift);
+  const float* x_sums = s.x_sums((*s.at).index);
+  const WoqScales w = load_scales(f, WoqBlock(*s.at, s.panel), shift);
   with_flag(f.zero == WoqZero::none && shift == 0.0f, [&](auto plain) {
     for (int64_t t = 0; t < rows.count; ++t) {
-      const int64_t at = rows.at(t) * kPanel, row = s.row + t;
+      const int64_t at = rows.at(t) * kPanel;
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
         const Acc* from = acc + at + v * kLanes;
@@ -97,7 +100,7 @@ LMFUSE_INLINE void add_tile(const Stretch& s, const TileRows& rows, float shift,
         }
         float* sum = s.sum + at + v * kLanes;
         store(sum, add_scaled<decltype(plain)::value>(
-                       w, v, z, s.args.sums[row * blocks + index], x_scale(row), load(sum)));
+                       w, v, z, x_sums[t], x_scale(t), load(sum)));
       }
     }
   });
@@ -106,7 +109,8 @@ LMFUSE_INLINE void add_tile(const Stretch& s, const TileRows& rows, float shift,
 class AmxInt8 {
  public:
   static constexpr int kRows = AmxInt8Tile::kRows;
-  static constexpr int64_t kColumns = kBlock, kBytes = 1;
+  static constexpr bool kBlocks = true;
+  static constexpr int64_t kBytes = 1;
   static bool decodes(const WoqFormat& f, bool) { return f.nibbles(); }
   static void decode(const WoqFormat&, const WoqBlock& block, char* to) {
     decode_nibbles(block.codes, block.k, to);
@@ -114,16 +118,15 @@ class AmxInt8 {
 
   AmxInt8(int64_t rows, const WoqFormat& f) : tile_(rows, f.step()) {}
   TileRows rows() const { return tile_.rows(); }
-  void run(const Stretch& s) {
+  void run(const WoqStep& s) {
     const WoqArgs& a = s.args;
-    const WoqBlock block(*s.from, s.panel);
+    const WoqBlock block(*s.at, s.panel);
     alignas(64) int32_t acc[kRows * kPanel];
     tile_.run(static_cast<const int8_t*>(a.x) + s.row * a.lda + block.k0, a.lda,
               s.codes ? s.codes : block.codes, block.k, acc, s.first && !s.codes);
-    const int64_t blocks = a.block_scales ? woq_blocks(a.format) : 1;
-    const float* scales = a.scales + (a.block_scales ? (*s.from).index : 0);
+    const float* x_scales = s.x_scales((*s.at).index);
     add_tile(s, tile_.rows(), middle(a.format), acc,
-             [&](int64_t row) LMFUSE_LAMBDA { return scales[row * blocks]; });
+             [&](int64_t t) LMFUSE_LAMBDA { return x_scales[t]; });
   }
 
  private:
@@ -134,7 +137,8 @@ using ManyInt8 = AmxInt8;
 class AmxBf16 {
  public:
   static constexpr int kRows = AmxTile::kRows;
-  static constexpr int64_t kColumns = kBlock, kBytes = 2;
+  static constexpr bool kBlocks = true;
+  static constexpr int64_t kBytes = 2;
   static bool decodes(const WoqFormat&, bool) { return true; }
   static void decode(const WoqFormat& f, const WoqBlock& block, char* to) {
     with_bf16_decoder(f, [&](const auto& decoder)
@@ -143,9 +147,9 @@ class AmxBf16 {
 
   AmxBf16(int64_t rows, const WoqFormat&) : tile_(rows) {}
   TileRows rows() const { return tile_.rows(); }
-  void run(const Stretch& s) {
+  void run(const WoqStep& s) {
     alignas(64) float acc[kRows * kPanel];
-    const WoqPlace& at = *s.from;
+    const WoqPlace& at = *s.at;
     const bf16_t* x = static_cast<const bf16_t*>(s.args.x) + s.row * s.args.lda + at.k0;
     tile_.run(x, s.args.lda, s.codes, at.k, acc, false, nothing_ahead(s.codes));
     add_tile(s, tile_.rows(), 0.0f, acc, [](int64_t) LMFUSE_LAMBDA { return 1.0f; });
@@ -158,15 +162,16 @@ class AmxBf16 {
 class AmxFewBf16 {
  public:
   static constexpr int kRows = AmxFewTile::kRows;
-  static constexpr int64_t kColumns = kBlock, kBytes = 0;
+  static constexpr bool kBlocks = true;
+  static constexpr int64_t kBytes = 0;
   static bool decodes(const WoqFormat&, bool) { return false; }
   static void decode(const WoqFormat&, const WoqBlock&, char*) {}
 
   AmxFewBf16(int64_t rows, const WoqFormat&) : tile_(rows) {}
   TileRows rows() const { return tile_.rows(); }
-  void run(const Stretch& s) {
+  void run(const WoqStep& s) {
     alignas(64) float acc[kRows * kPanel];
-    const WoqBlock block(*s.from, s.panel);
+    const WoqBlock block(*s.at, s.panel);
     const bf16_t* x = static_cast<const bf16_t*>(s.args.x) + s.row * s.args.lda + block.k0;
     with_bf16_decoder(s.args.format, [&](const auto& decoder) LMFUSE_LAMBDA {
       tile_.run(x, s.args.lda, block.codes, block.k, acc, decoder);
@@ -189,13 +194,14 @@ using ManyInt8 = Int8;
 class FewBf16 {
  public:
   static constexpr int kRows = kFewBf16Rows;
-  static constexpr int64_t kColumns = kStretch, kBytes = 0;
+  static constexpr bool kBlocks = false;
+  static constexpr int64_t kBytes = 0;
   static bool decodes(const WoqFormat&, bool) { return false; }
   static void decode(const WoqFormat&, const WoqBlock&, char*) {}
 
   FewBf16(int64_t rows, const WoqFormat&) : rows_(rows) {}
   TileRows rows() const { return {rows_, rows_, 0}; }
-  void run(const Stretch& s) {
+  void run(const WoqStep& s) {
     with_bf16_decoder(s.args.format, [&](const auto& decoder) LMFUSE_LAMBDA {
       with_count<kRows>(rows_, [&](auto r) LMFUSE_LAMBDA {
         few_bf16_rows<decltype(r)::value>(s, decoder);
@@ -210,7 +216,8 @@ class FewBf16 {
 class ManyBf16 {
  public:
   static constexpr int kRows = kManyBf16Rows;
-  static constexpr int64_t kColumns = kStretch, kBytes = 2;
+  static constexpr bool kBlocks = false;
+  static constexpr int64_t kBytes = 2;
   static bool decodes(const WoqFormat&, bool) { return true; }
   static void decode(const WoqFormat& f, const WoqBlock& block, char* to) {
     with_bf16_decoder(f, [&](const auto& decoder)
@@ -219,7 +226,7 @@ class ManyBf16 {
 
   ManyBf16(int64_t rows, const WoqFormat&) : rows_(rows) {}
   TileRows rows() const { return {rows_, rows_, 0}; }
-  void run(const Stretch& s) {
+  void run(const WoqStep& s) {
     with_count<kRows>(rows_, [&](auto r) LMFUSE_LAMBDA { many_bf16_rows<decltype(r)::value>(s); });
   }
 
@@ -231,70 +238,125 @@ class ManyBf16 {
 
 #endif
 
-// What a thread needs in memory, in floats: the sums of the tiles of some panels, for each weight, and
-// a decoded stretch.
+// How many panels are taken together, and what a thread needs for them in memory, in floats: sums,
+// of each weight, and decoded panels.
 template <class Family>
 struct Workspace {
-  int64_t panels, sums, decoded;
+  static constexpr int64_t kTile = Family::kRows * kPanel;
+  int64_t weights, panels, sums, columns, decoded;
 
-  Workspace(const WoqFormat& f, int64_t tiles)
-      : panels(Family::kColumns == kBlock && tiles > 1 ? 8 : 1),
-        sums(tiles * Family::kRows * kPanel * panels),
-        decoded(Family::decodes(f, tiles > 1) ? columns(f) * kPanel * Family::kBytes / 4 : 0) {}
-
- private:
-  static int64_t columns(const WoqFormat& f) {
-    if (Family::kColumns == kBlock) return woq_block(f);
-    return f.packed_k() < Family::kColumns ? f.packed_k() : Family::kColumns;
+  Workspace(const WoqFormat& f, int64_t tiles, int64_t weight_count)
+      : weights(weight_count),
+        panels(1),
+        sums(kTile),
+        columns(Family::kBlocks ? woq_block(f) : f.packed_k()),
+        decoded(Family::decodes(f, tiles > 1) ? columns * kPanel * Family::kBytes / 4 : 0) {
+    constexpr int64_t kMost = 8, kCached = 256 << 10;  // of a second-level cache of 1 MB
+    const int64_t bytes = columns * kPanel * (Family::kBytes ? Family::kBytes : 1) * weights;
+    if (tiles > 1) panels = Family::kBlocks ? kMost : kCached / bytes;
+    if (panels > kMost) panels = kMost;
+    if (panels < 1) panels = 1;
+    if (Family::kBlocks) {
+      sums *= tiles * panels;
+    } else {
+      decoded *= panels * weights;
+    }
   }
+  int64_t floats() const { return weights * sums + decoded; }
+};
+
+// Panels as they lie in memory.
+struct Weights {
+  const char* data[2];
+  int64_t count, bytes;  // how many; bytes of a panel
+
+  explicit Weights(const WoqArgs& a)
+      : data{static_cast<const char*>(a.weight), static_cast<const char*>(a.weight2)},
+        count(a.weight2 ? 2 : 1),
+        bytes(a.format.panel_bytes()) {}
+  const char* at(int64_t weight, int64_t p) const { return data[weight] + p * bytes; }
 };
 
 template <class Family>
-void decode(const WoqFormat& f, WoqBlocks at, int64_t end, const char* panel, char* to) {
-  for (; (*at).k0 < end; ++at) {
+void decode_panel(const WoqFormat& f, const char* panel, char* to) {
+  for (WoqBlocks at(f); at; ++at) {
     const WoqBlock block(*at, panel);
     Family::decode(f, block, to);
     to += block.k * kPanel * Family::kBytes;
   }
 }
 
+// The lines that a tile will write, so that its stores need not wait for them.
+LMFUSE_INLINE void fetch_out(const WoqArgs& a, int64_t row, int64_t count, int64_t panel) {
+  const int64_t size = a.out.dtype == DType::f32 ? 4 : 2;
+  for (int64_t r = row; r < row + count; ++r) {
+    const char* at = static_cast<const char*>(a.out.data) +
+                     (offset(a.out.rows, r) + panel * kPanel) * size;
+    __builtin_prefetch(at, 1);
+    if (size == 4) __builtin_prefetch(at + 64, 1);
+  }
+}
+
+// Each tile runs over whole panels: some of them, so that rows of x come from afar less often.
 template <class Family>
-void panels(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last) {
-  constexpr int64_t kTile = Family::kRows * kPanel;
-  const WoqFormat& f = a.format;
-  const char* data[2] = {static_cast<const char*>(a.weight), static_cast<const char*>(a.weight2)};
-  const int64_t weights = a.weight2 ? 2 : 1, bytes = f.panel_bytes(), width = f.packed_k();
-  const Workspace<Family> space(f, rows.count);
+void straight(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last) {
+  const Weights weights(a);
+  const Workspace<Family> space(a.format, rows.count, weights.count);
+  float* sums[2] = {a.scratch, a.scratch + (weights.count - 1) * space.sums};
+  char* decoded = reinterpret_cast<char*>(a.scratch + weights.count * space.sums);
+  const int64_t panel_bytes = space.columns * kPanel * Family::kBytes, steps = panel_bytes / 128;
+  const WoqBlocks at(a.format);
+  Family tile(rows.height, a.format);
+  for (; first < last; first += space.panels) {
+    const int64_t end = last - first < space.panels ? last : first + space.panels;
+    const auto codes = [&](int64_t w, int64_t p) {
+      return space.decoded ? decoded + ((p - first) * weights.count + w) * panel_bytes : nullptr;
+    };
+    for (int64_t p = first; space.decoded && p < end; ++p)
+      for (int64_t w = 0; w < weights.count; ++w)
+        decode_panel<Family>(a.format, weights.at(w, p), codes(w, p));
+    for (int64_t t = 0; t < rows.count; ++t)
+      for (int64_t p = first; p < end; ++p) {
+        if (rows.count > 1) fetch_out(a, rows.first(t), rows.height, p);
+        for (int64_t w = 0; w < weights.count; ++w) {
+          __builtin_memset(sums[w], 0, rows.height * kPanel * sizeof(float));
+          const char* next = weights.at(w, p + space.panels);
+          tile.run({a, rows.first(t), at, weights.at(w, p), codes(w, p), sums[w],
+                    Ahead::spread(next, weights.bytes, t, rows.count, steps), rows.count == 1,
+                    t == 0});
+        }
+        finish(a, {tile.rows(), 0, tile.rows().count, rows.first(t), p}, sums[0], sums[1]);
+      }
+  }
+}
+
+// A block of a panel is decoded into the first-level cache for all tiles; the sums of some panels
+// wait for the next.
+template <class Family>
+void blocked(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last) {
+  const Weights weights(a);
+  const Workspace<Family> space(a.format, rows.count, weights.count);
   const auto sum = [&](int64_t w, int64_t i, int64_t t) {
-    return a.scratch + w * space.sums + (i * rows.count + t) * kTile;
+    return a.scratch + w * space.sums + (i * rows.count + t) * space.kTile;
   };
-  char* decoded = space.decoded ? reinterpret_cast<char*>(sum(weights, 0, 0)) : nullptr;
-  Family tile(rows.height, f);
+  char* decoded = space.decoded ? reinterpret_cast<char*>(sum(weights.count, 0, 0)) : nullptr;
+  Family tile(rows.height, a.format);
   for (; first < last; first += space.panels) {
     const int64_t count = last - first < space.panels ? last - first : space.panels;
-    __builtin_memset(a.scratch, 0, weights * space.sums * sizeof(float));
-    for (WoqBlocks from(f); from;) {
-      const int64_t k0 = (*from).k0, rest = width - k0;
-      const int64_t columns = Family::kColumns < rest ? Family::kColumns : rest;
-      const int64_t end = Family::kColumns == kBlock ? k0 + 1 : k0 + columns;
+    __builtin_memset(a.scratch, 0, weights.count * space.sums * sizeof(float));
+    for (WoqBlocks at(a.format); at; ++at)
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t w = 0; w < weights; ++w) {
-          const char* panel = data[w] + (first + i) * bytes;
-          const char* next = w + 1 < weights ? data[w + 1] + (first + i) * bytes
-                                             : data[0] + (first + i + 1) * bytes;
-          if (decoded) decode<Family>(f, from, end, panel, decoded);
+        for (int64_t w = 0; w < weights.count; ++w) {
+          const char* panel = weights.at(w, first + i);
+          if (decoded) Family::decode(a.format, WoqBlock(*at, panel), decoded);
           for (int64_t t = 0; t < rows.count; ++t)
-            tile.run({a, rows.first(t), from, end, panel, decoded, sum(w, i, t),
-                      Ahead::spread(next, bytes, t, rows.count, columns * Family::kBytes / 4),
+            tile.run({a, rows.first(t), at, panel, decoded, sum(w, i, t), nothing_ahead(panel),
                       rows.count == 1, t == 0});
         }
-      if (end == width) break;
-      while (from && (*from).k0 < end) ++from;
-    }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t t = 0; t < rows.count; ++t)
         finish(a, {tile.rows(), 0, tile.rows().count, rows.first(t), first + i}, sum(0, i, t),
-               sum(weights - 1, i, t));
+               sum(weights.count - 1, i, t));
   }
 }
 
@@ -306,7 +368,11 @@ void woq_with(const WoqArgs& a, int64_t begin, int64_t end) {
     const int64_t left = a.m - row0, rest = all - first;
     const RowTiles rows(row0, left < kRowBlock ? left : kRowBlock, Family::kRows);
     const int64_t count = end - begin < rest ? end - begin : rest;
-    panels<Family>(a, rows, first, first + count);
+    if constexpr (Family::kBlocks) {
+      blocked<Family>(a, rows, first, first + count);
+    } else {
+      straight<Family>(a, rows, first, first + count);
+    }
     begin += count;
   }
 }
@@ -314,8 +380,7 @@ void woq_with(const WoqArgs& a, int64_t begin, int64_t end) {
 template <class Family>
 int64_t scratch(const WoqFormat& f, int64_t m, int64_t weights) {
   const RowTiles rows(0, m < kRowBlock ? m : kRowBlock, Family::kRows);
-  const Workspace<Family> space(f, rows.count);
-  return weights * space.sums + space.decoded;
+  return Workspace<Family>(f, rows.count, weights).floats();
 }
 
 // Calls use with the family that computes m rows; a row's bits are those of any other.
@@ -324,11 +389,11 @@ struct Of {
   using Family = T;
 };
 template <class F>
-LMFUSE_INLINE void with_family(WoqCompute compute, int64_t m, F use) {
+LMFUSE_INLINE void with_family(const WoqFormat& f, WoqCompute compute, int64_t m, F use) {
   switch (compute) {
     case WoqCompute::bf16:
 #if defined(__AVX512BF16__)
-      if (m <= FewBf16::kRows) return use(Of<FewBf16>{});
+      if (m <= FewBf16::kRows || f.k > kMostDecoded) return use(Of<FewBf16>{});
       return use(Of<ManyBf16>{});
 #endif
     case WoqCompute::f32:
@@ -346,14 +411,14 @@ WoqPlan woq_plan(const WoqFormat& f, WoqCompute compute, int64_t m, int64_t weig
   if (compute == WoqCompute::bf16) compute = WoqCompute::f32;
 #endif
   WoqPlan plan{compute, 0};
-  with_family(compute, m, [&](auto of) {
+  with_family(f, compute, m, [&](auto of) {
     plan.scratch = scratch<typename decltype(of)::Family>(f, m, weights);
   });
   return plan;
 }
 
 void woq(const WoqArgs& a, int64_t begin, int64_t end) {
-  with_family(a.compute, a.m, [&](auto of) {
+  with_family(a.format, a.compute, a.m, [&](auto of) {
     woq_with<typename decltype(of)::Family>(a, begin, end);
   });
 }

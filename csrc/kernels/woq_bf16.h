@@ -33,23 +33,23 @@ LMFUSE_INLINE void clear(Bf16Sums<R>& acc) {
 }
 
 template <int R>
-LMFUSE_INLINE void add_bf16_block(const Stretch& s, const WoqBlock& block, int64_t index,
+LMFUSE_INLINE void add_bf16_block(const WoqStep& s, const WoqBlock& block, int64_t index,
                                   const Bf16Sums<R>& acc) {
   add_block<R>(
-      s, block, index, 0.0f, [&](int r, int v) LMFUSE_LAMBDA { return Vec{acc[r][v]}; },
+      s, block, index, [&](int r, int v) LMFUSE_LAMBDA { return Vec{acc[r][v]}; },
       [](int) LMFUSE_LAMBDA { return 1.0f; });
 }
 
-LMFUSE_INLINE const char* bf16_rows(const Stretch& s) {
+LMFUSE_INLINE const char* bf16_rows(const WoqStep& s) {
   return static_cast<const char*>(s.args.x) + s.row * s.args.lda * 2;
 }
 
 // The next kBlocks blocks, of equal length, side by side: a chain of its own for each hides the
 // latency of VDPBF16PS. Lines are fetched in their order all the same.
 template <int R, int kBlocks, class Decoder>
-LMFUSE_INLINE void bf16_blocks(const Stretch& s, const Decoder& decode, WoqBlocks& at) {
+LMFUSE_INLINE void bf16_blocks(const WoqStep& s, const Decoder& decode, WoqBlocks& at) {
   const int64_t first = (*at).index, k0 = (*at).k0, length = (*at).k;
-  const char* fetched = s.panel + (*at).codes + Ahead::kDistance - 64;  // with the scales
+  const int64_t begin = (*at).codes - 64;  // with the scales
   Bf16Sums<R> acc[kBlocks];
   const char *b[kBlocks], *scales[kBlocks];
 #pragma GCC unroll 4
@@ -59,6 +59,9 @@ LMFUSE_INLINE void bf16_blocks(const Stretch& s, const Decoder& decode, WoqBlock
     scales[i] = block.scales;
     clear<R>(acc[i]);
   }
+  // The last of the blocks is to be read first from afar.
+  const int64_t distance = Ahead::kDistance + (b[kBlocks - 1] - b[0]);
+  const char* fetched = s.panel + begin + distance;
   XRows<R> x(bf16_rows(s) + 2 * k0, s.args.lda * 2);
   for (int64_t k = 0; k < length; k += Decoder::kColumns) {
 #pragma GCC unroll 4
@@ -76,7 +79,7 @@ LMFUSE_INLINE void bf16_blocks(const Stretch& s, const Decoder& decode, WoqBlock
     }
     x.advance(2 * Decoder::kColumns);
   }
-  for (; fetched < b[kBlocks - 1] + Ahead::kDistance; fetched += 64) __builtin_prefetch(fetched);
+  for (; fetched < b[kBlocks - 1] + distance; fetched += 64) __builtin_prefetch(fetched);
 #pragma GCC unroll 4
   for (int i = 0; i < kBlocks; ++i) {
     const WoqBlock block({first + i, 0, 0, 0, scales[i] - s.panel, 0}, s.panel);
@@ -86,21 +89,21 @@ LMFUSE_INLINE void bf16_blocks(const Stretch& s, const Decoder& decode, WoqBlock
 
 // Few rows: codes are decoded as they are read.
 template <int R, class Decoder>
-void few_bf16_rows(const Stretch& s, const Decoder& decoder) {
-  constexpr int kBlocks = R <= 2 ? 4 : R <= 4 ? 2 : 1;
+void few_bf16_rows(const WoqStep& s, const Decoder& decoder) {
+  // A block of bytes is 8 KB: four of them are too far apart.
+  constexpr int kBlocks = R <= 2 && Decoder::kPairs == 4 ? 4 : R <= 4 ? 2 : 1;
   const Decoder decode = decoder;
-  const int64_t columns = kBlocks * woq_block(s.args.format);
-  WoqBlocks at = s.from;
-  while ((*at).k0 + columns <= s.end) bf16_blocks<R, kBlocks>(s, decode, at);
-  while ((*at).k0 < s.end) bf16_blocks<R, 1>(s, decode, at);
+  WoqBlocks at = s.at;
+  while (at.whole(kBlocks)) bf16_blocks<R, kBlocks>(s, decode, at);
+  while (at) bf16_blocks<R, 1>(s, decode, at);
 }
 
 // Many rows: the codes are decoded already.
 template <int R>
-void many_bf16_rows(const Stretch& s) {
+void many_bf16_rows(const WoqStep& s) {
   const char* b = s.codes;
   Ahead ahead = s.ahead;
-  for (WoqBlocks at = s.from; (*at).k0 < s.end; ++at) {
+  for (WoqBlocks at = s.at; at; ++at) {
     const WoqBlock block(*at, s.panel);
     Bf16Sums<R> acc;
     clear<R>(acc);

@@ -25,6 +25,8 @@ class WoqBlocks {
 
   LMFUSE_INLINE explicit operator bool() const { return at_.k0 < width_; }
   LMFUSE_INLINE const WoqPlace& operator*() const { return at_; }
+  // Whether so many more are whole.
+  LMFUSE_INLINE bool whole(int64_t count) const { return at_.k0 + count * columns_ <= width_; }
   LMFUSE_INLINE void operator++() {
     ++at_.index;
     at_.k0 += columns_;
@@ -56,7 +58,8 @@ struct WoqScales {
   Vec scale[kVecs], zero[kVecs], offset[kVecs];
 };
 
-// shift: what the codes were raised by.
+// shift: what the codes were raised by. kPlain: there is no zero and no offset to load.
+template <bool kPlain = false>
 LMFUSE_INLINE WoqScales load_scales(const WoqFormat& f, const WoqBlock& block, float shift) {
   WoqScales s;
   with_type(f.scale_type, [&](auto t) LMFUSE_LAMBDA {
@@ -64,10 +67,13 @@ LMFUSE_INLINE WoqScales load_scales(const WoqFormat& f, const WoqBlock& block, f
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       s.scale[v] = load(from + v * kLanes);
-      s.zero[v] = broadcast(shift);
-      s.offset[v] = broadcast(0.0f);
-      if (f.zero == WoqZero::zero) s.zero[v] = load(from + kPanel + v * kLanes) + broadcast(shift);
-      if (f.zero == WoqZero::offset) s.offset[v] = load(from + kPanel + v * kLanes);
+      if constexpr (!kPlain) {
+        s.zero[v] = broadcast(shift);
+        s.offset[v] = broadcast(0.0f);
+        if (f.zero == WoqZero::zero)
+          s.zero[v] = load(from + kPanel + v * kLanes) + broadcast(shift);
+        if (f.zero == WoqZero::offset) s.offset[v] = load(from + kPanel + v * kLanes);
+      }
     }
   });
   return s;
@@ -89,17 +95,22 @@ constexpr float middle(const WoqFormat& f) {
   return f.kind == WoqKind::int4 && f.zero == WoqZero::none ? 8.0f : 0.0f;
 }
 
-// Blocks of one panel for one tile of rows: those from `from` on that begin before column `end`.
-struct Stretch {
+// One tile of rows that meets one panel, or a block of it.
+struct WoqStep {
   const WoqArgs& args;
   int64_t row;  // the first
-  WoqBlocks from;
-  int64_t end;
+  WoqBlocks at;
   const char* panel;
-  const char* codes;  // decoded, one block after the other; null: as they lie in the panel
+  const char* codes;  // decoded; null: as they lie in the panel
   float* sum;         // [rows of the tile][32], what is added to
-  Ahead ahead;        // over the panel after it
-  bool alone, first;  // of the tiles that meet it: the only one, the first
+  Ahead ahead;        // over what is read next
+  bool alone, first;  // of the tiles that meet the panel: the only one, the first
+
+  // Of the rows from the first on, in a block.
+  LMFUSE_INLINE const float* x_sums(int64_t index) const { return args.sums + index * args.m + row; }
+  LMFUSE_INLINE const float* x_scales(int64_t index) const {
+    return args.scales + (args.block_scales ? index * args.m : 0) + row;
+  }
 };
 
 // sum + (z - zero x_sum) x_scale scale + offset x_sum x_scale: z is the sum of codes times x. Every
@@ -109,27 +120,28 @@ LMFUSE_INLINE Vec add_scaled(const WoqScales& w, int v, Vec z, float x_sum, floa
                              Vec sum) {
   if constexpr (!kPlain) z = fma(w.zero[v], broadcast(-x_sum), z);
   sum = fma(z * broadcast(x_scale), w.scale[v], sum);
-  return kPlain ? sum : fma(w.offset[v], broadcast(x_sum * x_scale), sum);
+  if constexpr (!kPlain) sum = fma(w.offset[v], broadcast(x_sum * x_scale), sum);
+  return sum;
 }
 
-// Adds block `index` to the sums of R rows. z(r, v): what the tile has; x_scale(r): of row r of the
-// tile; shift: what is to be taken off all codes.
+// Adds a block to the sums of R rows. z(r, v): what the tile has; x_scale(r): of row r of the tile.
 template <int R, class Z, class Scale>
-LMFUSE_INLINE void add_block(const Stretch& s, const WoqBlock& block, int64_t index, float shift,
-                             Z z, Scale x_scale) {
+LMFUSE_INLINE void add_block(const WoqStep& s, const WoqBlock& block, int64_t index, Z z,
+                             Scale x_scale) {
   const WoqFormat& f = s.args.format;
-  const int64_t blocks = woq_blocks(f);
-  const WoqScales w = load_scales(f, block, shift);
-  const float* x_sums = s.args.sums + s.row * blocks + index;
-  with_flag(f.zero == WoqZero::none && shift == 0.0f, [&](auto plain) LMFUSE_LAMBDA {
+  const float* x_sums = s.x_sums(index);
+  with_flag(f.zero == WoqZero::none, [&](auto plain) LMFUSE_LAMBDA {
+    constexpr bool kPlain = decltype(plain)::value;
+    const WoqScales w = load_scales<kPlain>(f, block, 0.0f);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
         float* sum = s.sum + r * kPanel + v * kLanes;
-        store(sum, add_scaled<decltype(plain)::value>(w, v, z(r, v), x_sums[r * blocks],
-                                                      x_scale(r), load(sum)));
+        store(sum, add_scaled<kPlain>(w, v, z(r, v), x_sums[r], x_scale(r), load(sum)));
       }
+      asm volatile("" ::: "memory");  // else GCC 12 loads all sums first, and puts them on the stack
+    }
   });
 }
 

@@ -193,29 +193,26 @@ LMFUSE_INLINE int start_factor(const WoqFormat& f) {
   return -(Codes::kRaised + static_cast<int>(middle(f)));
 }
 
-// R rows of int8 by the blocks of s. kHere: the panel is read from memory here.
+// R rows of int8 by the panel of s. kHere: which is read from memory here.
 template <int R, class Codes, bool kHere>
-void int8_blocks(const Stretch& s) {
+void int8_panel(const WoqStep& s) {
   const WoqArgs& a = s.args;
-  const int64_t blocks = woq_blocks(a.format);
-  const int64_t scale_row = a.block_scales ? blocks : 1, scale_step = a.block_scales ? 1 : 0;
   const char* x0 = static_cast<const char*>(a.x) + s.row * a.lda;
-  const float *x_sums = a.sums + s.row * blocks, *x_scales = a.scales + s.row * scale_row;
   const int factor = start_factor<Codes>(a.format);
   const char* b = s.codes;
   Ahead ahead = s.ahead;
-  for (WoqBlocks at = s.from; (*at).k0 < s.end; ++at) {
+  for (WoqBlocks at = s.at; at; ++at) {
     const WoqBlock block(*at, s.panel);
-    const int64_t index = (*at).index;
     if (!s.codes) b = block.codes;
-    if (kHere) fetch_ahead(b - 128);  // the scales
+    if constexpr (kHere) fetch_ahead(b - 128);  // the scales
+    const float *x_sums = s.x_sums((*at).index), *x_scales = s.x_scales((*at).index);
+    alignas(64) int32_t start[16];
+    for (int r = 0; r < R; ++r) start[r] = factor * static_cast<int32_t>(x_sums[r]);
     Int8Sums<R> acc;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Words start = words(factor * static_cast<int>(x_sums[r * blocks + index]));
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = start;
-    }
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = words(start[r]);
     XRows<R> x(x0 + block.k0, a.lda);
     for (int64_t k = block.k; k > 0; k -= Codes::kColumns) {
       if constexpr (kHere) {
@@ -228,8 +225,8 @@ void int8_blocks(const Stretch& s) {
       x.advance(Codes::kColumns);
     }
     add_block<R>(
-        s, block, index, 0.0f, [&](int r, int v) LMFUSE_LAMBDA { return number(acc[r][v]); },
-        [&](int r) LMFUSE_LAMBDA { return x_scales[r * scale_row + index * scale_step]; });
+        s, block, (*at).index, [&](int r, int v) LMFUSE_LAMBDA { return number(acc[r][v]); },
+        [&](int r) LMFUSE_LAMBDA { return x_scales[r]; });
   }
 }
 

@@ -34,14 +34,21 @@ float write_int8(const float* x, int64_t n, Int8Scale s, int8_t* to) {
   });
 }
 
+int64_t row_count(const Rows& rows) {
+  int64_t count = 1;
+  for (int d = 0; d < rows.dims; ++d) count *= rows.size[d];
+  return count;
+}
+
 // One row of x, already in fp32 and in the order of the panels.
 void write_row(const WoqRowsArgs& a, float* x, int64_t r) {
   const int64_t blocks = woq_blocks(a.format), columns = woq_block(a.format);
   const int64_t width = a.format.packed_k();
+  const int64_t m = row_count(a.x.rows);
   const auto each_block = [&](auto f) {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t k0 = b * columns;
-      f(r * blocks + b, k0, b + 1 < blocks ? columns : width - k0);
+      f(b * m + r, k0, b + 1 < blocks ? columns : width - k0);
     }
   };
   const auto add_up = [&](const auto* from, int64_t n) {

@@ -11,7 +11,6 @@ import transformers
 from typer.testing import CliRunner
 
 from lmfuse.cli import app
-from lmfuse.cli import quantize as command
 from test_quantization import logits, tiny
 
 
@@ -68,7 +67,18 @@ def test_mistakes_are_one_message(letters: None, tmp_path: Path) -> None:
     assert result.exit_code == 2
 
 
-def test_the_reference_is_bfloat16(letters: None, tmp_path: Path) -> None:
+def test_the_reference_is_bfloat16(
+    letters: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny().save_pretrained(tmp_path)
-    model, _ = command._load(str(tmp_path))
-    assert model.dtype is torch.bfloat16
+    seen: list[torch.dtype] = []
+
+    def load(name: str, dtype: torch.dtype) -> Any:
+        seen.append(dtype)
+        return tiny().to(dtype), Letters()
+
+    monkeypatch.setattr("lmfuse.cli.quantize.load_or_exit", load)
+    result = run(tmp_path, "--bits", 4, "--head-bits", 4)
+    assert result.exit_code == 0, result.output
+    assert seen == [torch.bfloat16]
+    assert "int4 per channel" in result.output

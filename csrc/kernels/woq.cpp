@@ -4,6 +4,7 @@
 // The sum of each block is a chain of its own (of fp32: one through all blocks); blocks are scaled
 // and added in their order. Neither depends on the number of rows, so a row's bits do not.
 #include "gemm_finish.h"
+#include "woq_outliers.h"
 #include "woq_tile.h"
 
 namespace lmfuse::LMFUSE_ISA {
@@ -190,9 +191,12 @@ void panels(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last)
                        {rows.first(t), (*at).index, blocks, block, codes, sum(w, p, t), t == 0});
       }
   for (int64_t p = first; p < last; ++p)
-    for (int64_t t = 0; t < rows.count; ++t)
+    for (int64_t t = 0; t < rows.count; ++t) {
+      for (int64_t w = 0; w < weights && a.compute == WoqCompute::int8; ++w)
+        add_outliers(a, tile.rows(), rows.first(t), data[w] + p * bytes, sum(w, p, t));
       finish(a, {tile.rows(), 0, tile.rows().count, rows.first(t), p}, sum(0, p, t),
              sum(weights - 1, p, t));
+    }
 }
 
 template <class Family>
@@ -264,6 +268,7 @@ void few_int8_rows(const WoqArgs& a, int64_t first, int64_t last) {
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) store(result[w] + r * kPanel + v * kLanes, sum[r][v]);
+      add_outliers(a, {R, R, 0}, 0, data[w] + p * bytes, result[w]);
     }
     finish(a, {{R, R, 0}, 0, R, 0, p}, result[0], result[weights - 1]);
   }
@@ -337,6 +342,7 @@ void write_row(const WoqRowsArgs& a, float* x, int64_t r) {
           [&](int64_t at, int64_t k0, int64_t n) { a.sums[at] = add_up(to + k0, n); });
     }
     case WoqCompute::int8: {
+      take_outliers(a.format, x, a.outliers + r * kWoqOutliers);
       if (!a.block_scales) a.scales[r] = quantize(x, width);
       each_block([&](int64_t at, int64_t k0, int64_t n) {
         if (a.block_scales) a.scales[at] = quantize(x + k0, n);

@@ -295,7 +295,9 @@ void run(Tensor x, const Quantized& w, const How& how, WoqArgs* products, int64_
   const int64_t each = (w.k + width > plan.scratch ? w.k + width : plan.scratch) * 4;
   Parts parts;
   const int64_t rows_at = parts.add(m * lda * element), sums_at = parts.add(sums),
-                scales_at = parts.add(sums), scratch_at = parts.add(each * thread_count());
+                scales_at = parts.add(sums),
+                outliers_at = parts.add(m * kWoqOutliers * static_cast<int64_t>(sizeof(WoqOutlier))),
+                scratch_at = parts.add(each * thread_count());
   parts.allocate();
   const auto scratch = [&] { return parts.at(scratch_at) + each / 4 * thread_index(); };
 
@@ -311,6 +313,7 @@ void run(Tensor x, const Quantized& w, const How& how, WoqArgs* products, int64_
   rows.rows = parts.at(rows_at);
   rows.sums = parts.at(sums_at);
   rows.scales = parts.at(scales_at);
+  rows.outliers = parts.at<WoqOutlier>(outliers_at);
   const auto prepare = kernels().woq_rows;
   parallel(m, width, [&](int64_t begin, int64_t end) {
     WoqRowsArgs mine = rows;
@@ -326,6 +329,7 @@ void run(Tensor x, const Quantized& w, const How& how, WoqArgs* products, int64_
     a.lda = lda;
     a.sums = rows.sums;
     a.scales = rows.scales;
+    a.outliers = rows.outliers;
     a.compute = plan.compute;
     a.block_scales = how.block_scales;
     panels += panel_count(a.n);

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lmfuse import hf
 from lmfuse.cli._console import console
+from lmfuse.cli._load import MODEL, load_or_exit
 from lmfuse.quantization import WeightOnlyConfig, quality, quantization
 from lmfuse.quantization.model import quantize as quantized
 
@@ -44,9 +45,7 @@ class Compute(str, Enum):
 
 
 def quantize(
-    model: Annotated[
-        str, typer.Argument(help="A folder, a GGUF file, or a repository of the Hugging Face Hub.")
-    ],
+    model: Annotated[str, MODEL],
     bits: Annotated[int, typer.Option(help="8 or 4.")] = 8,
     group: Annotated[int, typer.Option(help="Columns that share a scale; -1: a whole row.")] = -1,
     kind: Annotated[
@@ -56,12 +55,16 @@ def quantize(
         bool | None, typer.Option(help="Without zero points; by default int8 is, and int4 is not.")
     ] = None,
     scales: Annotated[
-        Scales, typer.Option(help="From the largest weight, or that with the least error.")
-    ] = Scales.plain,
+        Scales | None,
+        typer.Option(help="From the largest weight, or those with the least error: so for int4."),
+    ] = None,
     compute: Annotated[
-        Compute, typer.Option(help="auto: int8 where inputs have no outliers, else bf16.")
+        Compute, typer.Option(help="auto: int8 where it hardly changes a result, else bf16.")
     ] = Compute.auto,
     lm_head: Annotated[bool, typer.Option(help="Quantize the layer of the logits.")] = True,
+    head_bits: Annotated[
+        int | None, typer.Option(help="Of the layer of the logits and the embedding; 8 by default.")
+    ] = None,
     embedding: Annotated[bool, typer.Option(help="Quantize the input embedding.")] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Save the quantized model there.")
@@ -84,14 +87,15 @@ def quantize(
             group_size=group,
             kind=None if kind is None else kind.value,
             symmetric=symmetric,
-            scales=scales.value,
+            scales=None if scales is None else scales.value,
             compute=compute.value,
             lm_head=lm_head,
+            head_bits=head_bits,
             embedding=embedding,
         )
-        reference, tokenizer = _load(model)
+        reference, tokenizer = load_or_exit(model, torch.bfloat16)
         smaller = quantized(reference, config)
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from None
     out = console()
     out.print(_summary(reference, smaller, config))
@@ -101,17 +105,6 @@ def quantize(
         out.print(f"Saved in {output}; lmfuse imported, transformers loads it from there.")
     if compare:
         _compare(out, reference, smaller, tokenizer, text, tokens, picture or Path("quantize.png"))
-
-
-def _load(model: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path, where = Path(model), {}
-    if path.suffix == ".gguf":
-        path, where = path.parent, {"gguf_file": path.name}
-    name = path if path.is_dir() else model
-    found: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16, **where)
-    return found.eval(), AutoTokenizer.from_pretrained(name, **where)
 
 
 def _bytes(model: torch.nn.Module) -> int:

@@ -23,8 +23,8 @@ from lmfuse.quantization import (
     quantization,
     quantize_weight,
 )
-from lmfuse.quantization.codes import NF4
 from lmfuse.quantization.model import pack_weight
+from lmfuse.reference.woq import NF4
 
 SCHEMES = (("int8", True), ("int8", False), ("int4", True), ("int4", False), ("nf4", True))
 SCHEMES += (("fp8", True),)
@@ -100,9 +100,7 @@ def test_codes_are_those_of_the_table(kind: str, symmetric: bool, group: int) ->
 def test_packed_weights_are_the_codes(kind: str, symmetric: bool, isa: str) -> None:
     w = torch.randn(45, 99, dtype=BF16)
     for group in (-1, 32, 64):
-        config = WeightOnlyConfig(
-            kind=kind, group_size=group, symmetric=symmetric, scales="plain"
-        )
+        config = WeightOnlyConfig(kind=kind, group_size=group, symmetric=symmetric, scales="plain")
         dtype = F32 if group == -1 else BF16
         codes = quantize_weight(w, kind, group, symmetric, scale_dtype=dtype)
         values = dequantize(pack_weight("w", w, config))
@@ -135,7 +133,7 @@ def test_searched_scales_are_never_worse(kind: str, symmetric: bool, group: int)
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_search_finds_the_grid_of_weights_that_have_one(kind: str) -> None:
-    """As GGUF's Q4_1, whose grids have the smallest weight at one end, and the largest at the other."""
+    """As GGUF's Q4_1, whose grids begin at the smallest weight and end at the largest."""
     levels = 256 if kind == "int8" else 16
     codes = torch.randint(levels, (40, 6, 64))
     codes[..., 3], codes[..., 60] = 0, levels - 1

@@ -1,6 +1,6 @@
-// Outliers of int8 compute. One scale for a row of x leaves little of it where a few values are much
-// larger than the rest, as in most layers of language models (arXiv:2208.07339). So these stay as
-// they are, in fp32: kernels.h says which, and a column of the weight is added for each.
+// Outliers of int8 compute. One scale for a row of x leaves little of it where a few values are
+// much larger than the rest, as in most layers of language models (arXiv:2208.07339). So these stay
+// as they are, in fp32: kernels.h says which, and a column of the weight is added for each.
 #pragma once
 
 #include "woq_decode.h"
@@ -36,8 +36,8 @@ struct Largest {
   }
 };
 
-// The largest magnitude but for kWoqOutliers. The largest of each lane are a bound, below which most
-// of a row is not looked at twice.
+// The largest magnitude but for kWoqOutliers. The largest of each lane are a bound, below which
+// most of a row is not looked at twice.
 float largest_of_rest(const float* x, int64_t n) {
   constexpr int64_t kParts = kOutlierLanes / kLanes;
   Vec most[kParts];
@@ -56,20 +56,16 @@ float largest_of_rest(const float* x, int64_t n) {
   return found.least();
 }
 
-// Where column k of a panel lies, in bytes from its start, and what brings its code to the top of a
-// word.
+// Where column k of a panel lies, whatever the scales of its format are.
 WoqOutlier outlier(const WoqFormat& f, int64_t k, float value) {
-  const int64_t group = k / f.group, at = k % f.group;
-  const int64_t scales = group * (f.scale_bytes() + f.code_bytes(f.group));
-  const int64_t each = f.nibbles() ? 8 : 4;
+  const int64_t group = k / f.group, at = k % f.group, each = f.nibbles() ? 8 : 4;
   const int64_t shift = f.nibbles() ? 28 - nibble_shift(at % 8) : 24 - 8 * (at % 4);
-  return {static_cast<int32_t>(scales),
-          static_cast<int32_t>(scales + f.scale_bytes() + at / each * 4 * kPanel),
+  return {static_cast<int32_t>(group), static_cast<int32_t>(at / each * 4 * kPanel),
           static_cast<int32_t>(shift), value};
 }
 
-// Moves the outliers of a row out of it, in the order of their columns. Infinity stays: then the row
-// is none of integers. (NaN hides what is beside it from the limit, so that more may be above.)
+// Moves the outliers of a row out of it, in the order of their columns. Infinity stays: then the
+// row is none of integers. (NaN hides what is beside it from the limit, so that more may be above.)
 void take_outliers(const WoqFormat& f, float* x, WoqOutlier* to) {
   const int64_t n = f.packed_k();
   const float limit = largest_of_rest(x, n);
@@ -89,15 +85,18 @@ void take_outliers(const WoqFormat& f, float* x, WoqOutlier* to) {
 template <bool kNibbles, class Scale>
 LMFUSE_INLINE void add_columns(const WoqFormat& f, const WoqOutlier* x, const char* panel,
                                float* sum) {
+  const int64_t scale_bytes = f.scale_bytes(), group_bytes = scale_bytes + f.code_bytes(f.group);
   Vec z[kVecs];
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) z[v] = load(sum + v * kLanes);
   for (int64_t i = 0; i < kWoqOutliers && x[i].codes >= 0; ++i) {
-    const auto* scales = reinterpret_cast<const Scale*>(panel + x[i].scales);
+    const char* group = panel + x[i].group * group_bytes;
+    const auto* scales = reinterpret_cast<const Scale*>(group);
+    const char* codes = group + scale_bytes + x[i].codes;
     const Vec value = broadcast(x[i].value);
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      const Words top = load_words(panel + x[i].codes + 4 * v * kLanes) << x[i].shift;
+      const Words top = load_words(codes + 4 * v * kLanes) << x[i].shift;
       Vec w = kNibbles ? number(top >> 28) : number(byte(top, 3));
       if (f.zero == WoqZero::zero) w = w - load(scales + kPanel + v * kLanes);
       if (kNibbles && f.zero == WoqZero::none) w = w - broadcast(8.0f);

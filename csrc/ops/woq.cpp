@@ -296,7 +296,8 @@ void run(Tensor x, const Quantized& w, const How& how, WoqArgs* products, int64_
   Parts parts;
   const int64_t rows_at = parts.add(m * lda * element), sums_at = parts.add(sums),
                 scales_at = parts.add(sums),
-                outliers_at = parts.add(m * kWoqOutliers * static_cast<int64_t>(sizeof(WoqOutlier))),
+                outliers_at =
+                    parts.add(m * kWoqOutliers * static_cast<int64_t>(sizeof(WoqOutlier))),
                 scratch_at = parts.add(each * thread_count());
   parts.allocate();
   const auto scratch = [&] { return parts.at(scratch_at) + each / 4 * thread_index(); };

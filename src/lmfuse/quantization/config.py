@@ -102,8 +102,15 @@ class WeightOnlyConfig:
         """How the layer of the logits and the embedding are quantized."""
         if self.head_bits == self.bits:
             return self
-        plain = {"group_size": -1, "symmetric": True, "scales": None, "scale_dtype": None}
-        return dataclasses.replace(self, bits=8, kind="int8", **plain)
+        return dataclasses.replace(
+            self,
+            bits=8,
+            kind="int8",
+            group_size=-1,
+            symmetric=True,
+            scales="plain",
+            scale_dtype=None,
+        )
 
     def skips(self, name: str) -> bool:
         """Whether the layer called `name` stays as it is."""

@@ -433,7 +433,7 @@ def test_quality_of_a_model_beside_itself() -> None:
     assert found.change == 0
     assert found.agreement == 1
     assert abs(found.divergence) < 1e-6
-    two = lmfuse.quantize(model, WeightOnlyConfig(bits=4))
+    two = lmfuse.quantize(model, WeightOnlyConfig(bits=4, head_bits=4))
     found = quality.compare(model, two, rows)
     assert 0 < found.divergence < 1
     loss = nn.functional.cross_entropy(

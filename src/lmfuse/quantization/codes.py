@@ -116,40 +116,53 @@ def _slice(w: Tensor, kind: str, symmetric: bool, scales: str, scale_dtype: torc
     lo, hi = low.clamp(max=0), high.clamp(min=0)
     symmetric = symmetric or kind in ("nf4", "fp8")
     encode = _ENCODERS[kind, symmetric]
-    best = encode(w, lo, hi, scale_dtype)
+    plain = encode(w, lo, hi, scale_dtype)
     if scales != "search":
-        return best
-    best_error = _error(w, kind, best)
-    top, middle, half = torch.maximum(-lo, hi), (high + low) / 2, (high - low) / 2
-    for f in _FRACTIONS:
-        if symmetric:
-            found = encode(w, -top * f, top * f, scale_dtype)
-            top_ = _fitted(w, _values(found, kind)) * _STEPS[kind]
-            found = encode(w, -top_, top_, scale_dtype)
-        else:
-            found = _between(w, middle - half * f, middle + half * f, scale_dtype, kind)
-            found = _between(w, *_fitted_range(w, found, kind), scale_dtype, kind)
-        error = _error(w, kind, found)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = _where(better, found, best)
+        return plain
+    if symmetric:
+        top = torch.maximum(-lo, hi)
+        top = _best(lambda f: _fit_top(w, encode(w, -top * f, top * f, scale_dtype), kind))[0]
+        found = encode(w, -top, top, scale_dtype)
+    else:
+        middle, half, mean = (high + low) / 2, (high - low) / 2, w.mean(-1)
+        lo, hi = _best(lambda f: _fit_range(w, mean, middle - half * f, middle + half * f, kind))
+        found = _between(w, lo, hi, scale_dtype, kind)
+    return _where(_error(w, kind, found) < _error(w, kind, plain), found, plain)
+
+
+def _best(fit: Callable[[float], tuple[Tensor, ...]]) -> list[Tensor]:
+    """Of what fit gives for each fraction, group by group that with the largest first element."""
+    most, *best = fit(_FRACTIONS[0])
+    for fraction in _FRACTIONS[1:]:
+        gain, *found = fit(fraction)
+        better = gain > most
+        most = torch.where(better, gain, most)
+        best = [torch.where(better, b, a) for a, b in zip(best, found, strict=True)]
     return best
 
 
-def _fitted(w: Tensor, v: Tensor) -> Tensor:
-    """The s with the least |v s - w|, group by group; 0 if v is."""
-    return (v * w).sum(-1).div_(v.square().sum(-1).clamp_(min=SMALLEST_SCALE)).clamp_(min=0)
+def _fit_top(w: Tensor, found: Sliced, kind: str) -> tuple[Tensor, Tensor]:
+    """By how much v s with the least |v s - w|² is better than 0, and the largest s v there is."""
+    v = _values(found, kind)
+    vw = (v * w).sum(-1)
+    scale = (vw / v.square_().sum(-1).clamp_(min=SMALLEST_SCALE)).clamp_(min=0)
+    return scale * vw, scale * _STEPS[kind]
 
 
-def _fitted_range(w: Tensor, found: Sliced, kind: str) -> tuple[Tensor, Tensor]:
-    """The range of (q - z) s, with the s and z that have the least |(q - z) s - w|."""
-    q = found[0].float()
-    middle, mean = q.mean(-1, keepdim=True), w.mean(-1, keepdim=True)
-    q -= middle
-    scale = _fitted(w - mean, q)
-    low, levels = _RANGES[kind]
-    lo = mean[..., 0] + (low - middle[..., 0]) * scale
-    return lo, lo + levels * scale
+def _fit_range(
+    w: Tensor, mean: Tensor, lo: Tensor, hi: Tensor, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By how much s q + m with the least |s q + m - w|² is better than the mean of w, where q are
+    the codes of a range, from 0; and from where to where s q + m goes."""
+    levels = _RANGES[kind][1]
+    inverse = _scale(hi - lo, levels, torch.float32).reciprocal_()
+    q = (w - lo[..., None]).mul_(inverse[..., None]).round_().clamp_(0, levels)
+    n, middle = w.shape[-1], q.mean(-1)
+    qw = (q * w).sum(-1) - n * middle * mean
+    scale = qw / (q.square_().sum(-1) - n * middle * middle).clamp_(min=SMALLEST_SCALE)
+    scale = scale.clamp_(min=0)
+    lo = mean - scale * middle
+    return scale * qw, lo, lo + levels * scale
 
 
 def _values(found: Sliced, kind: str) -> Tensor:

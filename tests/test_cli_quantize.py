@@ -13,7 +13,6 @@ from transformers.utils.quantization_config import GgufConfig
 from typer.testing import CliRunner
 
 from lmfuse.cli import app
-from lmfuse.cli import quantize as command
 from test_quantization import logits, tiny
 
 
@@ -77,8 +76,10 @@ def test_the_reference_is_bfloat16(
     seen: list[Any] = []
     quantized = command.quantized
     monkeypatch.setattr(command, "quantized", lambda m, c: seen.append(m) or quantized(m, c))
-    assert run(tmp_path).exit_code == 0
+    result = run(tmp_path, "--bits", 4, "--head-bits", 4)
+    assert result.exit_code == 0, result.output
     assert seen[0].dtype is torch.bfloat16
+    assert "int4 per channel" in result.output
 
 
 def test_saves_what_was_a_gguf_file(

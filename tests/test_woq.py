@@ -314,6 +314,23 @@ def test_special_values(isa: str, compute: str) -> None:
             assert y[3].isnan().all()
 
 
+@pytest.mark.parametrize(("kind", "group"), [("int8", -1), ("int8", 64), ("int4", 32)])
+def test_eight_outliers_leave_the_rest_its_scale(isa: str, kind: str, group: int) -> None:
+    """int8 compute is as exact with them as without, and takes them as they are."""
+    q = quantized(kind, 70, 300, group, "zeros")
+    packed, x = pack_quantized(**q), torch.randn(14, 300)
+    w = dequantize(packed).double()
+    large = torch.zeros_like(x)
+    for row in range(14):
+        large[row, torch.randperm(300)[: row % 9]] = 1000 * torch.randn(row % 9)
+    y = product(x + large, packed, compute="int8").double()
+    plain = product(x, packed, compute="int8").double()
+    rounding = 1e-6 * (large.double().abs() @ w.abs().T)
+    usual = (plain - x.double() @ w.T).square().mean().sqrt()
+    assert ((y - (x + large).double() @ w.T).abs() < 7 * usual + rounding).all()
+    assert_same_bits(y[5:7].float(), product((x + large)[5:7], packed, compute="int8"))
+
+
 def test_autocast() -> None:
     packed, x = pack_quantized(**quantized("int8", 20, 30)), torch.randn(4, 30)
     with torch.autocast("cpu", BF16):

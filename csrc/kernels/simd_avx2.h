@@ -245,6 +245,9 @@ LMFUSE_INLINE void store_words(void* p, Words w) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), w.v);
 }
 LMFUSE_INLINE Words operator>>(Words w, int bits) { return {_mm256_srli_epi32(w.v, bits)}; }
+LMFUSE_INLINE Words operator<<(Words w, int bits) {
+  return {_mm256_sll_epi32(w.v, _mm_cvtsi32_si128(bits))};
+}
 LMFUSE_INLINE Words operator&(Words w, uint32_t mask) {
   return {_mm256_and_si256(w.v, _mm256_set1_epi32(static_cast<int>(mask)))};
 }

@@ -297,6 +297,9 @@ struct Words {
 LMFUSE_INLINE Words load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
 LMFUSE_INLINE void store_words(void* p, Words w) { _mm512_storeu_si512(p, w.v); }
 LMFUSE_INLINE Words operator>>(Words w, unsigned bits) { return {_mm512_srli_epi32(w.v, bits)}; }
+LMFUSE_INLINE Words operator<<(Words w, int bits) {
+  return {_mm512_sll_epi32(w.v, _mm_cvtsi32_si128(bits))};
+}
 LMFUSE_INLINE Words operator&(Words w, uint32_t mask) {
   return {_mm512_and_si512(w.v, _mm512_set1_epi32(static_cast<int>(mask)))};
 }

@@ -241,6 +241,10 @@ LMFUSE_INLINE Words operator>>(Words w, int bits) {
   for (uint32_t& word : w.v) word >>= bits;
   return w;
 }
+LMFUSE_INLINE Words operator<<(Words w, int bits) {
+  for (uint32_t& word : w.v) word <<= bits;
+  return w;
+}
 LMFUSE_INLINE Words operator&(Words w, uint32_t mask) {
   for (uint32_t& word : w.v) word &= mask;
   return w;

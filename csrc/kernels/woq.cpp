@@ -8,6 +8,7 @@
 #include "woq_amx.h"
 #include "woq_bf16.h"
 #include "woq_int8.h"
+#include "woq_outliers.h"
 
 namespace lmfuse::LMFUSE_ISA {
 namespace {
@@ -99,8 +100,7 @@ LMFUSE_INLINE void add_tile(const WoqStep& s, const TileRows& rows, float shift,
           z = number(load_words(from));
         }
         float* sum = s.sum + at + v * kLanes;
-        store(sum, add_scaled<decltype(plain)::value>(
-                       w, v, z, x_sums[t], x_scale(t), load(sum)));
+        store(sum, add_scaled<decltype(plain)::value>(w, v, z, x_sums[t], x_scale(t), load(sum)));
       }
     }
   });
@@ -203,9 +203,8 @@ class FewBf16 {
   TileRows rows() const { return {rows_, rows_, 0}; }
   void run(const WoqStep& s) {
     with_bf16_decoder(s.args.format, [&](const auto& decoder) LMFUSE_LAMBDA {
-      with_count<kRows>(rows_, [&](auto r) LMFUSE_LAMBDA {
-        few_bf16_rows<decltype(r)::value>(s, decoder);
-      });
+      with_count<kRows>(
+          rows_, [&](auto r) LMFUSE_LAMBDA { few_bf16_rows<decltype(r)::value>(s, decoder); });
     });
   }
 
@@ -286,12 +285,22 @@ void decode_panel(const WoqFormat& f, const char* panel, char* to) {
   }
 }
 
+// The sums of a tile, complete but for the outliers of its rows; sum2: of the second weight.
+LMFUSE_INLINE void finish_panel(const WoqArgs& a, const TileRows& rows, int64_t first,
+                                const Weights& weights, int64_t p, float* sum, float* sum2) {
+  if (a.compute == WoqCompute::int8) {
+    add_outliers(a, rows, first, weights.at(0, p), sum);
+    if (a.weight2) add_outliers(a, rows, first, weights.at(1, p), sum2);
+  }
+  finish(a, {rows, 0, rows.count, first, p}, sum, sum2);
+}
+
 // The lines that a tile will write, so that its stores need not wait for them.
 LMFUSE_INLINE void fetch_out(const WoqArgs& a, int64_t row, int64_t count, int64_t panel) {
   const int64_t size = a.out.dtype == DType::f32 ? 4 : 2;
   for (int64_t r = row; r < row + count; ++r) {
-    const char* at = static_cast<const char*>(a.out.data) +
-                     (offset(a.out.rows, r) + panel * kPanel) * size;
+    const char* at =
+        static_cast<const char*>(a.out.data) + (offset(a.out.rows, r) + panel * kPanel) * size;
     __builtin_prefetch(at, 1);
     if (size == 4) __builtin_prefetch(at + 64, 1);
   }
@@ -325,7 +334,7 @@ void straight(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t las
                     Ahead::spread(next, weights.bytes, t, rows.count, steps), rows.count == 1,
                     t == 0});
         }
-        finish(a, {tile.rows(), 0, tile.rows().count, rows.first(t), p}, sums[0], sums[1]);
+        finish_panel(a, tile.rows(), rows.first(t), weights, p, sums[0], sums[1]);
       }
   }
 }
@@ -355,8 +364,8 @@ void blocked(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last
         }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t t = 0; t < rows.count; ++t)
-        finish(a, {tile.rows(), 0, tile.rows().count, rows.first(t), first + i}, sum(0, i, t),
-               sum(weights.count - 1, i, t));
+        finish_panel(a, tile.rows(), rows.first(t), weights, first + i, sum(0, i, t),
+                     sum(weights.count - 1, i, t));
   }
 }
 
@@ -418,9 +427,8 @@ WoqPlan woq_plan(const WoqFormat& f, WoqCompute compute, int64_t m, int64_t weig
 }
 
 void woq(const WoqArgs& a, int64_t begin, int64_t end) {
-  with_family(a.format, a.compute, a.m, [&](auto of) {
-    woq_with<typename decltype(of)::Family>(a, begin, end);
-  });
+  with_family(a.format, a.compute, a.m,
+              [&](auto of) { woq_with<typename decltype(of)::Family>(a, begin, end); });
 }
 
 }  // namespace lmfuse::LMFUSE_ISA

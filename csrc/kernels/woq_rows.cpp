@@ -1,12 +1,13 @@
-// Rows of x for quantized weights: in the order of the panels, as bf16 or as int8 with scales, and the
-// sums of their blocks.
+// Rows of x for quantized weights: in the order of the panels, as bf16 or as int8 with scales, and
+// the sums of their blocks.
 #include "woq_int8.h"
+#include "woq_outliers.h"
 
 namespace lmfuse::LMFUSE_ISA {
 namespace {
 
-// How x becomes int8: q = round(x * inverse), x = q * scale. Where x is not finite, no integer stands
-// for it: the scale is NaN, and so is the result.
+// How x becomes int8: q = round(x * inverse), x = q * scale. Where x is not finite, no integer
+// stands for it: the scale is NaN, and so is the result.
 struct Int8Scale {
   float inverse, scale;
 };
@@ -67,6 +68,7 @@ void write_row(const WoqRowsArgs& a, float* x, int64_t r) {
           [&](int64_t at, int64_t k0, int64_t n) { a.sums[at] = add_up(to + k0, n); });
     }
     case WoqCompute::int8: {
+      take_outliers(a.format, x, a.outliers + r * kWoqOutliers);
       int8_t* to = static_cast<int8_t*>(a.rows) + r * a.lda;
       Int8Scale scale{};
       if (!a.block_scales) a.scales[r] = (scale = int8_scale(x, width)).scale;

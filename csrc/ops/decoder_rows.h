@@ -40,9 +40,7 @@ class DecoderRows {
     }
   }
 
-  int64_t bytes() const {
-    return woq_ ? lines(woq_->row_bytes) + 2 * lines(woq_->sum_bytes) : lines(row_bytes_);
-  }
+  int64_t bytes() const { return woq_ ? woq_->bytes : row_bytes_; }
   int64_t scratch_bytes() const { return woq_ ? woq_->scratch_bytes : scratch_bytes_; }
 
   bool serves(const DecoderRows& other) const {
@@ -53,9 +51,7 @@ class DecoderRows {
   void place(const Matrix& x, bool padded, char* to) {
     if (woq_) {
       woq_->rows.x = x;
-      woq_->rows.rows = to;
-      woq_->rows.sums = reinterpret_cast<float*>(to + lines(woq_->row_bytes));
-      woq_->rows.scales = woq_->rows.sums + lines(woq_->sum_bytes) / 4;
+      woq_->place(to);
     } else {
       as_is_ = as_is_ && padded;
       gemm_.x = x;
@@ -81,8 +77,6 @@ class DecoderRows {
   }
 
  private:
-  static int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
   std::optional<WoqForm> woq_;  // of a quantized weight; of a packed one the rest
   GemmRowsArgs gemm_{};
   bool as_is_ = false;

@@ -103,8 +103,8 @@ inline WoqHow checked_how(const Quantized& w, int64_t compute, bool block_scales
 
 // In which form the kernels of the active level read m rows of x, and what that takes.
 struct WoqForm {
-  WoqRowsArgs rows{};                         // but for where they come from and go to
-  int64_t row_bytes, sum_bytes, scratch_bytes;  // of all rows, of sums or scales, of a thread
+  WoqRowsArgs rows{};            // where they go: `place`
+  int64_t bytes, scratch_bytes;  // of all rows, of a thread
 
   // weights: 2 for a product of gate and up.
   WoqForm(const Quantized& w, const WoqHow& how, int64_t m, int64_t weights) {
@@ -122,9 +122,20 @@ struct WoqForm {
     rows.k = w.k;
     // Rows a multiple of 1 KB apart would crowd into few sets of the first-level cache.
     rows.lda = m > 1 ? width + 64 / element : width;
-    row_bytes = m * rows.lda * element;
-    sum_bytes = m * woq_blocks(f) * 4;
+    row_bytes_ = lines(m * rows.lda * element);
+    sum_bytes_ = lines(m * woq_blocks(f) * 4);
+    bytes = row_bytes_ + 2 * sum_bytes_;
+    if (plan.compute == WoqCompute::int8)
+      bytes += m * kWoqOutliers * static_cast<int64_t>(sizeof(WoqOutlier));
     scratch_bytes = std::max(w.k + width, plan.scratch) * 4;
+  }
+
+  // To `to`, which has room for `bytes`.
+  void place(char* to) {
+    rows.rows = to;
+    rows.sums = reinterpret_cast<float*>(to + row_bytes_);
+    rows.scales = rows.sums + sum_bytes_ / 4;
+    rows.outliers = reinterpret_cast<WoqOutlier*>(rows.scales + sum_bytes_ / 4);
   }
 
   // The same rows serve both.
@@ -141,9 +152,15 @@ struct WoqForm {
     a.lda = rows.lda;
     a.sums = rows.sums;
     a.scales = rows.scales;
+    a.outliers = rows.outliers;
     a.compute = rows.compute;
     a.block_scales = rows.block_scales;
   }
+
+ private:
+  static int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  int64_t row_bytes_, sum_bytes_;
 };
 
 }  // namespace lmfuse

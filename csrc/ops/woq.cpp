@@ -198,16 +198,12 @@ void run(Tensor x, const Quantized& w, const WoqHow& how, WoqArgs* products, int
   WoqForm form(w, how, m, first.weight2 ? 2 : 1);
   const int64_t each = form.scratch_bytes;
   Parts parts;
-  const int64_t rows_at = parts.add(form.row_bytes), sums_at = parts.add(form.sum_bytes),
-                scales_at = parts.add(form.sum_bytes),
-                scratch_at = parts.add(each * thread_count());
+  const int64_t rows_at = parts.add(form.bytes), scratch_at = parts.add(each * thread_count());
   parts.allocate();
   const auto scratch = [&] { return parts.at(scratch_at) + each / 4 * thread_index(); };
 
   form.rows.x = as_rows(x, "x");
-  form.rows.rows = parts.at(rows_at);
-  form.rows.sums = parts.at(sums_at);
-  form.rows.scales = parts.at(scales_at);
+  form.place(parts.at<char>(rows_at));
   const auto prepare = kernels().woq_rows;
   parallel(m, w.format.packed_k(), [&](int64_t begin, int64_t end) {
     WoqRowsArgs mine = form.rows;

@@ -55,12 +55,16 @@ def quantize(
         bool | None, typer.Option(help="Without zero points; by default int8 is, and int4 is not.")
     ] = None,
     scales: Annotated[
-        Scales, typer.Option(help="From the largest weight, or that with the least error.")
-    ] = Scales.plain,
+        Scales | None,
+        typer.Option(help="From the largest weight, or those with the least error: so for int4."),
+    ] = None,
     compute: Annotated[
-        Compute, typer.Option(help="auto: int8 where inputs have no outliers, else bf16.")
+        Compute, typer.Option(help="auto: int8 where it hardly changes a result, else bf16.")
     ] = Compute.auto,
     lm_head: Annotated[bool, typer.Option(help="Quantize the layer of the logits.")] = True,
+    head_bits: Annotated[
+        int | None, typer.Option(help="Of the layer of the logits and the embedding; 8 by default.")
+    ] = None,
     embedding: Annotated[bool, typer.Option(help="Quantize the input embedding.")] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Save the quantized model there.")
@@ -83,9 +87,10 @@ def quantize(
             group_size=group,
             kind=None if kind is None else kind.value,
             symmetric=symmetric,
-            scales=scales.value,
+            scales=None if scales is None else scales.value,
             compute=compute.value,
             lm_head=lm_head,
+            head_bits=head_bits,
             embedding=embedding,
         )
     except (ValueError, TypeError) as error:

@@ -49,7 +49,9 @@ def woq_linear(
     | int8    | s q, s = max |x| / 127, q = round(x/s)| codes (int8 and int4 only)    | int32      |
 
     With fp32 the result is, bit for bit, that of `linear` over the dequantized weight. Where the
-    instruction set multiplies no bfloat16, bf16 is fp32 after x was rounded.
+    instruction set multiplies no bfloat16, bf16 is fp32 after x was rounded. With int8 the eight
+    largest of each row of x, those that are larger than the ninth, are not quantized, and the scale
+    is that of the rest: their columns of W are added in fp32.
 
     Args:
         x: [..., k], float32, bfloat16 or float16. Under CPU autocast x takes the dtype of autocast

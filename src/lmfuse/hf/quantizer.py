@@ -7,6 +7,7 @@ when it is read, before the next is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -45,15 +46,16 @@ class Awaiting(nn.Module):
 class Pack(ConversionOps):
     """A weight as it is in the file -> its bytes."""
 
-    def __init__(self, config: WeightOnlyConfig) -> None:
-        self.config = config
+    def __init__(self, config_of: Callable[[str], WeightOnlyConfig]) -> None:
+        self.config_of = config_of
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """One tensor in, one out, under its name."""
         done = {}
         for name, found in input_dict.items():
             weight = found[0] if isinstance(found, list) else found
-            done[name] = quantized.pack_weight(name, weight, self.config)
+            config = self.config_of(name.removesuffix(".weight"))
+            done[name] = quantized.pack_weight(name, weight, config)
         return done
 
 
@@ -79,7 +81,11 @@ class Quantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> Pack:
         """What makes bytes of a weight."""
-        return Pack(self.quantization_config)
+        return Pack(self._config_of)
+
+    def _config_of(self, name: str) -> WeightOnlyConfig:
+        config: WeightOnlyConfig = self.quantization_config
+        return config if self.pre_quantized else self._plan.config_of(name, config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config: WeightOnlyConfig = self.quantization_config
@@ -98,7 +104,8 @@ class Quantizer(HfQuantizer):
         for name in names:
             awaiting = cast(Awaiting, model.get_submodule(name))
             compute = config.layers.get(name, quantized.layer_compute(config))
-            model.set_submodule(name, _arrived(name, awaiting, config, compute, shared))
+            of_layer = self._config_of(name)
+            model.set_submodule(name, _arrived(name, awaiting, of_layer, compute, shared))
         computes = set(config.layers.values()) if self.pre_quantized else {config.compute}
         reasons = choose_compute(model, None) if "auto" in computes else {}
         quantized.remember(model, config)

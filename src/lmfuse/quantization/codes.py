@@ -11,8 +11,9 @@ A row, or a group of its columns, is quantized on its own. With lo = min(0, w), 
 | nf4  | symmetric  | max|w|        |                    | the NF4[q] nearest w/s   | NF4[q] s  |
 | fp8  | symmetric  | max|w|/448    |                    | w/s as e4m3              | q s       |
 
-"search" tries smaller ranges, too, and keeps the one with the least squared error; where there are
-zero points, these are the ranges of the weights alone, without 0, and z need not be an integer.
+"search" tries smaller ranges, too, fits scale and zero point to the codes of each by least squares,
+and keeps what has the least squared error. Where there are zero points, these are the ranges of the
+weights alone, without 0, and z need not be an integer.
 
 s is at least 2^-23; ties are rounded to even; w/s is w times the rounded 1/s, as in IPEX.
 """
@@ -30,8 +31,9 @@ from lmfuse.reference.woq import NF4
 SMALLEST_SCALE = 2.0**-23
 # A slice of rows: 2 MB in float32, about a second-level cache, through which all passes go.
 _SLICE = 1 << 19
-# Ranges that "search" tries, as fractions of the whole one.
-_FRACTIONS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8)
+# Where "search" begins, as fractions of the whole range. With a fit after each, three give 0.3 to
+# 1.3 % less error than eleven from 1.0 to 0.8 without, in half of the time.
+_FRACTIONS = (1.0, 0.93, 0.86)
 
 
 class Codes(NamedTuple):
@@ -59,8 +61,7 @@ def quantize_weight(
         kind: "int8", "int4", "nf4" or "fp8".
         group_size: columns that share a scale; -1: all.
         symmetric: without zero points; nf4 and fp8 have none anyway.
-        scales: "plain" as in the table, or "search": of ranges from 80 to 100 % of the whole one
-            that with the least squared error.
+        scales: "plain" as in the table, or "search": those with the least squared error of some.
         scale_dtype: scales are rounded to it before codes are chosen.
 
     Raises:
@@ -115,23 +116,59 @@ def _slice(w: Tensor, kind: str, symmetric: bool, scales: str, scale_dtype: torc
     lo, hi = low.clamp(max=0), high.clamp(min=0)
     symmetric = symmetric or kind in ("nf4", "fp8")
     encode = _ENCODERS[kind, symmetric]
+    plain = encode(w, lo, hi, scale_dtype)
+    if scales != "search":
+        return plain
+    if symmetric:
+        top = torch.maximum(-lo, hi)
+        top = _best(lambda f: _fit_top(w, encode(w, -top * f, top * f, scale_dtype), kind))[0]
+        found = encode(w, -top, top, scale_dtype)
+    else:
+        middle, half, mean = (high + low) / 2, (high - low) / 2, w.mean(-1)
+        lo, hi = _best(lambda f: _fit_range(w, mean, middle - half * f, middle + half * f, kind))
+        found = _between(w, lo, hi, scale_dtype, kind)
+    return _where(_error(w, kind, found) < _error(w, kind, plain), found, plain)
 
-    def at(fraction: float) -> Sliced:
-        if symmetric:
-            return encode(w, lo * fraction, hi * fraction, scale_dtype)
-        middle, half = (high + low) / 2, (high - low) / 2 * fraction
-        return _between(w, middle - half, middle + half, scale_dtype, kind)
 
-    best = encode(w, lo, hi, scale_dtype)
-    if scales == "search":
-        best_error = _error(w, kind, best)
-        for fraction in _FRACTIONS:
-            found = at(fraction)
-            error = _error(w, kind, found)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best = _where(better, found, best)
+def _best(fit: Callable[[float], tuple[Tensor, ...]]) -> list[Tensor]:
+    """Of what fit gives for each fraction, group by group that with the largest first element."""
+    most, *best = fit(_FRACTIONS[0])
+    for fraction in _FRACTIONS[1:]:
+        gain, *found = fit(fraction)
+        better = gain > most
+        most = torch.where(better, gain, most)
+        best = [torch.where(better, b, a) for a, b in zip(best, found, strict=True)]
     return best
+
+
+def _fit_top(w: Tensor, found: Sliced, kind: str) -> tuple[Tensor, Tensor]:
+    """By how much v s with the least |v s - w|² is better than 0, and the largest s v there is."""
+    v = _values(found, kind)
+    vw = (v * w).sum(-1)
+    scale = (vw / v.square_().sum(-1).clamp_(min=SMALLEST_SCALE)).clamp_(min=0)
+    return scale * vw, scale * _STEPS[kind]
+
+
+def _fit_range(
+    w: Tensor, mean: Tensor, lo: Tensor, hi: Tensor, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By how much s q + m with the least |s q + m - w|² is better than the mean of w, where q are
+    the codes of a range, from 0; and from where to where s q + m goes."""
+    levels = _RANGES[kind][1]
+    inverse = _scale(hi - lo, levels, torch.float32).reciprocal_()
+    q = (w - lo[..., None]).mul_(inverse[..., None]).round_().clamp_(0, levels)
+    n, middle = w.shape[-1], q.mean(-1)
+    qw = (q * w).sum(-1) - n * middle * mean
+    scale = qw / (q.square_().sum(-1) - n * middle * middle).clamp_(min=SMALLEST_SCALE)
+    scale = scale.clamp_(min=0)
+    lo = mean - scale * middle
+    return scale * qw, lo, lo + levels * scale
+
+
+def _values(found: Sliced, kind: str) -> Tensor:
+    """What codes without zero points stand for, in units of the scale."""
+    codes = found[0]
+    return nf4_values(codes) if kind == "nf4" else codes.float() - (8 if kind == "int4" else 0)
 
 
 def _where(better: Tensor, a: Sliced, b: Sliced) -> Sliced:
@@ -143,11 +180,7 @@ def _where(better: Tensor, a: Sliced, b: Sliced) -> Sliced:
 def _error(w: Tensor, kind: str, found: Sliced) -> Tensor:
     """The squared error of each group."""
     codes, scales, zeros = found
-    q = nf4_values(codes) if kind == "nf4" else codes.float()
-    if zeros is not None:
-        q = q - zeros[..., None]
-    elif kind == "int4":
-        q = q - 8
+    q = _values(found, kind) if zeros is None else codes.float() - zeros[..., None]
     return (q * scales.float()[..., None] - w).square_().sum(-1)
 
 
@@ -174,7 +207,8 @@ def _asymmetric(low: int, levels: int) -> Callable[..., Sliced]:
 
 def _between(w: Tensor, lo: Tensor, hi: Tensor, scale_dtype: torch.dtype, kind: str) -> Sliced:
     """Asymmetric codes of a range that need not hold 0, with a zero point that is no integer."""
-    low, levels, dtype = (-128, 255, torch.int8) if kind == "int8" else (0, 15, torch.uint8)
+    low, levels = _RANGES[kind]
+    dtype = torch.int8 if kind == "int8" else torch.uint8
     scale = _scale(hi - lo, levels, scale_dtype)
     inverse = scale.float().reciprocal()
     zeros = (low - lo * inverse).to(scale_dtype).float()  # kept in the dtype of the scales
@@ -210,6 +244,8 @@ def _fp8(w: Tensor, lo: Tensor, hi: Tensor, scale_dtype: torch.dtype) -> Sliced:
     return q.to(torch.float8_e4m3fn), scale, None
 
 
+_STEPS = {"int8": 127.0, "int4": 7.0, "nf4": 1.0, "fp8": 448.0}  # from 0 to the largest, symmetric
+_RANGES = {"int8": (-128, 255), "int4": (0, 15)}  # of codes: the first, and how many steps
 _ENCODERS: dict[tuple[str, bool], Callable[..., Sliced]] = {
     ("int8", False): _asymmetric(-128, 255),
     ("int8", True): _symmetric(127, -128, 0),

@@ -1,7 +1,7 @@
-"""Which quantized layers may compute in int8: those whose inputs have no outliers.
+"""Which quantized layers may compute in int8: those whose results it hardly changes.
 
-int8 compute gives all columns of a row one scale, that of the largest. Some layers of language
-models have inputs of which a few are a hundred times larger than the rest (arXiv:2208.07339): there
+int8 compute gives all columns of a row one scale, that of the largest but for eight outliers, which
+it takes as they are. Where more columns than that are much larger than the rest (arXiv:2208.07339),
 the rest is rounded away. So each layer is tried on a few sample tokens, and so is the model.
 """
 
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from lmfuse.modules import QuantizedLinear
 
-# A layer whose result int8 compute changes by more than this part of its norm stays at bf16. Inputs
-# without outliers give 0.6 to 1.5 %; with every layer in int8, SmolLM2-135M's perplexity rises by
-# 5 %.
+# A layer whose result int8 compute changes by more than this part of its norm stays at bf16. Those of
+# SmolLM2-135M are changed by up to 1.4 %; with outliers in the scale, by more in 183 of 211 layers.
 LIMIT = 0.015
 # Where the most probable next token leads by less than a factor of e^0.5, any rounding decides.
 _LEAD = 0.5
@@ -80,7 +79,7 @@ def _why(layer: QuantizedLinear, error: float | None) -> str:
         return f"int8: {changed.replace('int8 ', 'which ')}"
     if error <= LIMIT:
         return f"bf16: {changed}, and, with other layers, the next token"
-    return f"bf16: {changed}, more than {LIMIT:.1%}: its inputs have outliers"
+    return f"bf16: {changed}, more than {LIMIT:.1%}: its inputs have many outliers"
 
 
 def _inputs(model: nn.Module, sample: Any) -> dict[str, Any] | None:

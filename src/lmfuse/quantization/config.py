@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 KINDS = {"int8": 8, "fp8": 8, "int4": 4, "nf4": 4}
-SCALES = ("plain", "search")
+SCALES = (None, "plain", "search")
 COMPUTE = ("auto", "fp32", "fp16", "bf16", "int8")
 SCALE_DTYPES = (None, "float32", "bfloat16", "float16")
 
@@ -24,9 +24,9 @@ class WeightOnlyConfig:
             arXiv:2305.14314) or "fp8" (e4m3); None: "int8" or "int4", as bits says.
         symmetric: whether zero is in the middle of the codes; else groups have zero points, and
             their whole range is used. int8 and int4 only. None: True for int8, False for int4.
-        scales: "plain": from the smallest to the largest weight of a group; "search": the range,
-            up to a fifth smaller, whose squared error is the least, group by group, with zero
-            points that need not be integers; about ten times slower to quantize.
+        scales: "plain": from the smallest to the largest weight of a group; "search": those with
+            the least squared error, group by group, and zero points that need not be integers;
+            about five times slower to quantize. None: "search" for int4, "plain" for others.
         scale_dtype: "float32", "bfloat16" or "float16", to which scales are rounded before codes
             are chosen; None: bfloat16 for groups, float32 for whole rows, where it costs nothing.
         compute: "bf16": inputs are rounded to bfloat16; "int8": they are quantized, row by row, on
@@ -36,6 +36,8 @@ class WeightOnlyConfig:
         block_scales: with int8 compute, quantize inputs per row and group of columns (or part of
             256 of a longer one), not per row.
         lm_head: quantize the layer that gives the logits.
+        head_bits: 8: that layer, and a quantized embedding, become int8 per channel, whatever the
+            others become: they bear less. None: 8 for int4 and nf4.
         embedding: quantize the input embedding; one that is tied to lm_head shares its bytes.
         skip: layers that stay as they are: whole names, their last parts, or parts in between.
         modules_to_not_convert: the same under transformers' name.
@@ -51,11 +53,12 @@ class WeightOnlyConfig:
     group_size: int = -1
     kind: str | None = None
     symmetric: bool | None = None
-    scales: str = "plain"
+    scales: str | None = None
     scale_dtype: str | None = None
     compute: str = "auto"
     block_scales: bool = False
     lm_head: bool = True
+    head_bits: int | None = None
     embedding: bool = False
     skip: Sequence[str] = ()
     modules_to_not_convert: Sequence[str] = ()
@@ -66,6 +69,7 @@ class WeightOnlyConfig:
         kind = f"int{self.bits}" if self.kind is None else self.kind
         _one_of("kind", kind, tuple(KINDS))
         check_group_size(self.group_size)
+        _one_of("head_bits", self.head_bits, (None, 8, KINDS[kind]))
         _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         _one_of("scales", self.scales, SCALES)
         _one_of("compute", self.compute, COMPUTE)
@@ -83,7 +87,9 @@ class WeightOnlyConfig:
             raise TypeError(f"layers is {type(self.layers).__name__}, but must be a mapping")
         for name, compute in self.layers.items():
             _one_of(f"layers[{name!r}]", compute, COMPUTE)
-        values = {"kind": kind, "bits": KINDS[kind], "symmetric": symmetric}
+        scales = self.scales or ("search" if kind == "int4" else "plain")
+        values = {"kind": kind, "bits": KINDS[kind], "symmetric": symmetric, "scales": scales}
+        values |= {"head_bits": self.head_bits or 8}
         values |= {"skip": tuple(dict.fromkeys(skip)), "modules_to_not_convert": ()}
         for name, value in {**values, "layers": dict(self.layers)}.items():
             object.__setattr__(self, name, value)
@@ -91,6 +97,20 @@ class WeightOnlyConfig:
     def __str__(self) -> str:
         group = "per channel" if self.group_size == -1 else f"group {self.group_size}"
         return f"{self.kind} {group}"
+
+    def of_head(self) -> WeightOnlyConfig:
+        """How the layer of the logits and the embedding are quantized."""
+        if self.head_bits == self.bits:
+            return self
+        return dataclasses.replace(
+            self,
+            bits=8,
+            kind="int8",
+            group_size=-1,
+            symmetric=True,
+            scales="plain",
+            scale_dtype=None,
+        )
 
     def skips(self, name: str) -> bool:
         """Whether the layer called `name` stays as it is."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmfuse.quantization import codes as plain
+from lmfuse.reference.woq import NF4
 
 
 class WoqWeightDtype(IntEnum):
@@ -171,7 +172,7 @@ def _with_scales(
     columns = torch.arange(k) // group
     ratio = t.float() * scale.reciprocal()[:, columns]
     if kind == "nf4":
-        table = torch.tensor(plain.NF4)
+        table = torch.tensor(NF4)
         return torch.bucketize(ratio, (table[1:] + table[:-1]) / 2).to(torch.uint8), scale, None
     if kind == "fp8":
         return ratio.clamp(-448, 448).to(torch.float8_e4m3fn), scale, None
@@ -198,7 +199,7 @@ def _dequantize(
     scale = _per_group("scales", scales, n, groups)
     zeros = None if zps is None else _per_group("zps", zps, n, groups)
     if kind == "nf4" and via_int8:
-        table = (torch.tensor(plain.NF4) * 127).round() / 127
+        table = (torch.tensor(NF4) * 127).round() / 127
         return table[codes.long()] * scale[:, torch.arange(k) // (k if groups == 1 else group_size)]
     size = -1 if groups == 1 else group_size
     return plain.dequantize_codes(plain.Codes(kind, codes, scale, zeros, size))

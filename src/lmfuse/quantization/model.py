@@ -41,6 +41,12 @@ class Plan:
     head: nn.Module | None = None
     embedding: nn.Module | None = None
 
+    def config_of(self, name: str, config: WeightOnlyConfig) -> WeightOnlyConfig:
+        """How the layer called `name` is quantized."""
+        module = self.layers.get(name)
+        special = module is not None and module in (self.head, self.embedding)
+        return config.of_head() if special else config
+
 
 def quantize(
     model: Model,
@@ -84,7 +90,7 @@ def quantize(
     for name, module in tqdm(
         planned.layers.items(), desc="quantizing", unit="layer", delay=2, disable=None
     ):
-        made[id(module)] = quantized_layer(name, module, config, shared)
+        made[id(module)] = quantized_layer(name, module, planned.config_of(name, config), shared)
     if inplace:
         pairs = [(module, made[id(module)]) for module in planned.layers.values()]
         _exchange(pairs)
@@ -136,7 +142,7 @@ def pack_weight(name: str, weight: Tensor, config: WeightOnlyConfig) -> Tensor:
     kind = str(config.kind)
     try:
         found = quantize_weight(
-            plain, kind, config.group_size, bool(config.symmetric), config.scales, dtype
+            plain, kind, config.group_size, bool(config.symmetric), str(config.scales), dtype
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -178,6 +184,8 @@ def plan(model: nn.Module, config: WeightOnlyConfig) -> Plan:
         if isinstance(module, nn.Linear):
             is_head = module is found.head or (found.head is None and name == "lm_head")
             reason = _reason_against(module, name, config)
+            if is_head:
+                found.head = module
             if reason is None and is_head and not config.lm_head:
                 reason = "lm_head is False"
             if reason is None:

@@ -62,12 +62,20 @@ def dequantize(
 
 
 def quantize_rows(x: Tensor, columns: int | None = None) -> Tensor:
-    """x as int8 compute sees it, in float64: s round(x / s), s = max |x| / 127 of each row, or of
+    """x as int8 compute sees it, in float64: the eight largest of each row as they are (those that
+    are larger than the ninth), and the rest as s round(x / s), s = max |x| / 127 of each row, or of
     each block of so many columns."""
-    if columns is not None:
-        parts = [quantize_rows(part) for part in torch.split(x, columns, -1)]
-        return torch.cat(parts, -1)
-    largest = x.float().abs().amax(-1, keepdim=True)
+    size = x.float().abs()
+    largest = size.topk(min(9, x.shape[-1])).values
+    limit = largest[..., 8:] if largest.shape[-1] == 9 else torch.zeros_like(largest[..., :1])
+    outlier = size > limit
+    rest = torch.where(outlier, 0.0, x.float())
+    blocks = [rest] if columns is None else list(torch.split(rest, columns, -1))
+    return torch.where(outlier, x.double(), torch.cat([_rounded(part) for part in blocks], -1))
+
+
+def _rounded(x: Tensor) -> Tensor:
+    largest = x.abs().amax(-1, keepdim=True)
     # A number divided by a tensor would be its reciprocal times that number, rounded twice.
     inverse = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
-    return (x.float() * inverse).round().double() * (largest / 127.0).double()
+    return (x * inverse).round().double() * (largest / 127.0).double()

@@ -191,6 +191,23 @@ def test_bits_do_not_depend_on_batch_chunks_or_threads(isa, dtype, dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv", [F32, BF16, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize("dim", [96, 128, 40])
+def test_bits_do_not_depend_on_the_number_of_rows(isa, dtype, kv, dim):
+    """Few rows have kernels of their own, which read keys and values as they lie."""
+    length = 301
+    q, k, v = qkv(1, 40, length, 1, 1, dim, dtype=dtype)
+    scales = {}
+    if kv == torch.int8:
+        k, v = (torch.randint(-128, 128, x.shape, dtype=kv) for x in (k, v))
+        scales = {f"{name}_scales": torch.rand(1, length, 1) / 64 for name in ("key", "value")}
+    k, v = k.to(kv), v.to(kv)
+    many = functional.attention(q, k, v, **scales)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13, 16, 17):
+        assert same(many[:, :rows], functional.attention(q[:, :rows], k, v, **scales))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_where_keys_lie(isa, dtype):
     """Dense, packed, and pages of any size in any order: one result."""
     lengths = [1, 300, 517, 256]

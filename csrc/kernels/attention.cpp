@@ -259,15 +259,16 @@ class Attend {
 
   // All rows of the unit, which are few, over the chunk as it lies.
   void few(int64_t begin, int64_t count) {
-    FetchAhead ahead({&now_->keys, a_.dim * kv_bytes(a_.key.type)},
-                     {&now_->values, a_.value_dim * kv_bytes(a_.value.type)}, next_->keys);
+    typename FewRows<Tile>::Ahead ahead({&now_->keys, a_.dim * kv_bytes(a_.key.type)},
+                                        {&now_->values, a_.value_dim * kv_bytes(a_.value.type)},
+                                        next_->keys);
     FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, now_->keys, a_.dim, width_, keys_,
                           count, stage_, scores_, ahead);
     alignas(64) float largest[kFewRows], sum[kFewRows], old_part[kFewRows], new_part[kFewRows];
     const int64_t keys = round_up(now_->keys.count, kPanel);
     for (int64_t r = 0; r < count; ++r) {
       weigh(begin, 0, r, {scores_ + r * kPanel, kFewRows * kPanel, keys}, {largest, sum});
-      ahead.step(FetchAhead::kOfWeights * FetchAhead::kOne / count);
+      ahead.of_weights(count);
     }
     join(running_, {largest, sum}, count, old_part, new_part);
     FewRows<Tile>::values(a_.value.type, now_->values, a_.value_dim, value_width_, weights_,

@@ -9,46 +9,66 @@
 namespace lmfuse::LMFUSE_ISA {
 namespace {
 
-// The keys of a chunk, its values, and the first of the next keys, fetched strictly one row after
-// the other, kDistance ahead of what is read. A core has room for sixteen lines on their way, 200
-// cycles of reading: what computes longer than that asks for some rows in between. So do the
-// weights, for which the keys leave an eighth.
-class FetchAhead {
+// The rows of a part of what is read, each of so many bytes.
+struct FetchPart {
+  const ChunkRows* rows;
+  int64_t bytes;
+};
+
+// The keys of a chunk, its values, and the first of the next keys, fetched strictly one line after
+// the other, kDistance ahead of what is read, and further while weights are computed.
+class LinesAhead {
  public:
-  struct Part {
-    const ChunkRows* rows;
-    int64_t bytes;  // of a row
-  };
-  FetchAhead(Part keys, Part values, const ChunkRows& next_keys)
+  LinesAhead(FetchPart keys, FetchPart values, const ChunkRows& next_keys)
       : parts_{keys, values, {&next_keys, keys.bytes}} {
-    const int64_t lead = kDistance / keys.bytes + kOfWeights;  // fetched with the chunk before
-    const int64_t count = keys.rows->count;
+    const int64_t lead = kDistance / keys.bytes, count = keys.rows->count;
     row_ = keys.rows->row + (lead < count ? lead : count);
-    end_ = keys.rows->row + count;
+    last_ = keys.rows->row + count;
   }
 
-  // Once `rows` rows, in units of 1 / kOne, are read.
-  static constexpr int64_t kOne = 64, kOfKeys = kOne * 7 / 8;
-  static constexpr int64_t kOfWeights = kKeyChunk / 8;  // rows
-  LMFUSE_INLINE void step(int64_t rows) {
-    for (credit_ += rows; credit_ >= kOne; credit_ -= kOne) {
-      while (row_ == end_) {
-        if (part_ == 2) return;
-        const ChunkRows& next = *parts_[++part_].rows;
-        row_ = next.row;
-        end_ = row_ + next.count;
-      }
-      for (int64_t i = 0; i < parts_[part_].bytes; i += 64)
-        __builtin_prefetch(*row_ + i, 0, kLocality);
-      ++row_;
+  template <int N>
+  LMFUSE_INLINE void fetch() {
+    if (end_ - at_ < N * 64) return fetch(N);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) __builtin_prefetch(at_ + i * 64, 0, kLocality);
+    at_ += N * 64;
+  }
+  __attribute__((noinline)) void fetch(int64_t lines) {
+    for (; lines > 0; --lines, at_ += 64) {
+      if (at_ >= end_ && !find_run()) return;
+      __builtin_prefetch(at_, 0, kLocality);
     }
+  }
+  // While the weights of one row of count are computed. Values follow at once, so the last panel of
+  // them fetches nothing.
+  void of_weights(int64_t count) {
+    const FetchPart& values = parts_[1];
+    fetch(kPanel * values.bytes / 64 / count);
   }
 
  private:
   static constexpr int64_t kDistance = 8192;
-  Part parts_[3];
-  int64_t part_ = 0, credit_ = 0;
-  const char *const *row_, *const *end_;
+
+  // Rows that lie one after the other.
+  bool find_run() {
+    while (row_ == last_) {
+      at_ = end_ = nullptr;
+      if (part_ == 2) return false;
+      const ChunkRows& next = *parts_[++part_].rows;
+      row_ = next.row;
+      last_ = row_ + next.count;
+    }
+    const int64_t bytes = parts_[part_].bytes;
+    at_ = *row_++;
+    end_ = at_ + bytes;
+    for (; row_ != last_ && *row_ == end_; ++row_) end_ += bytes;
+    return true;
+  }
+
+  FetchPart parts_[3];
+  int64_t part_ = 0;
+  const char *const *row_, *const *last_;
+  const char *at_ = nullptr, *end_ = nullptr;
 };
 
 // The rows of a panel of keys or values, which begin at get()[r]: as they lie, or widened to Input.
@@ -68,14 +88,14 @@ class PanelRows {
   }
   // The same by way of stage.
   void widen(KvType type, const ChunkRows& rows, int64_t first, int64_t dim, int64_t width,
-             Input* stage, int64_t credit, FetchAhead& ahead) {
+             Input* stage, int64_t lines, LinesAhead& ahead) {
     const int64_t left = rows.count - first;
     for (int64_t r = 0; r < kPanel; ++r) {
       Input* to = stage + r * width;
       own_[r] = reinterpret_cast<const char*>(to);
       if (r < left) {
         widen_row(type, rows.row[first + r], dim, width, to);
-        ahead.step(credit);
+        ahead.fetch(lines);
       } else {
         for (int64_t i = 0; i < width; ++i) to[i] = Input{};
       }
@@ -139,10 +159,11 @@ LMFUSE_INLINE void add_words(const float* queries, const Vec (&v)[kGroups][kTurn
 }
 
 // sum[r][i] += weights[r] v over the columns of `keys` rows, which begin at row[k] + offset.
-template <class Stored, int R, int V>
+template <class Stored, int R, int V, class F>
 LMFUSE_INLINE void add_values(const float* weights, int64_t weights_row, const char* const* row,
-                              int64_t offset, int64_t keys, Vec (&sum)[R][V]) {
+                              int64_t offset, int64_t keys, Vec (&sum)[R][V], F fetch) {
   for (int64_t k = 0; k < keys; ++k) {
+    fetch(Count<V * kLanes * sizeof(Stored) / 64>{});
     const auto* from = reinterpret_cast<const Stored*>(row[k] + offset);
     Vec v[V];
 #pragma GCC unroll 4
@@ -183,10 +204,11 @@ LMFUSE_INLINE void add_words(const bf16_t* queries, const Vec (&v)[kGroups][kTur
 }
 
 // If the number of keys is odd, a row of zeros follows.
-template <class Stored, int R, int V>
+template <class Stored, int R, int V, class F>
 LMFUSE_INLINE void add_values(const bf16_t* weights, int64_t weights_row, const char* const* row,
-                              int64_t offset, int64_t keys, Vec (&sum)[R][V]) {
+                              int64_t offset, int64_t keys, Vec (&sum)[R][V], F fetch) {
   for (int64_t k = 0; k < keys; k += 2) {
+    fetch(Count<2 * V * kLanes * sizeof(Stored) / 64>{});
     const auto* a = reinterpret_cast<const Stored*>(row[k] + offset);
     const auto* b = reinterpret_cast<const Stored*>(row[k + 1] + offset);
     Vec v[V];
@@ -207,28 +229,28 @@ template <class Tile>
 class FewRows {
  public:
   using Input = typename Tile::Input;
+  using Ahead = LinesAhead;
   static constexpr int64_t kRows = kFewRows;
 
   // scores[panel][kRows][kPanel] of `count` queries. stage: kPanel rows of width elements.
   static void scores(KvType type, bool scaled, const ChunkRows& keys, int64_t dim, int64_t width,
                      const Input* queries, int64_t count, Input* stage, float* scores,
-                     FetchAhead& ahead) {
+                     LinesAhead& ahead) {
     with_words(type, dim, width, [&](auto word, auto direct) {
       using Word = decltype(word);
       constexpr int64_t kElements = 4 / sizeof(Word);
       PanelRows<Input> rows;
       for (int64_t first = 0; first < keys.count; first += kPanel, scores += kRows * kPanel) {
-        int64_t step = 0;
         if constexpr (decltype(direct)::value) {
           rows.find(keys, first, width, stage);
-          step = FetchAhead::kOfKeys * kGroups * kLanes * kTurned * kElements / width;
         } else {
-          rows.widen(type, keys, first, dim, width, stage, FetchAhead::kOfKeys, ahead);
+          rows.widen(type, keys, first, dim, width, stage, lines_of(type, dim), ahead);
         }
         by_blocks(count, [&](int64_t r, auto block) {
-          score<Word, decltype(block)::value>(
-              rows.get(), width / kElements, queries + r * (4 / sizeof(Input)),
-              scaled ? keys.scale + first : nullptr, scores + r * kPanel, r ? 0 : step, ahead);
+          score<Word, decltype(block)::value>(rows.get(), width / kElements,
+                                              queries + r * (4 / sizeof(Input)),
+                                              scaled ? keys.scale + first : nullptr,
+                                              scores + r * kPanel, direct.value && r == 0, ahead);
         });
       }
     });
@@ -237,33 +259,31 @@ class FewRows {
   // products[panel][count][kPanel] = weights v, a panel for each kPanel columns of v.
   static void values(KvType type, const ChunkRows& values, int64_t dim, int64_t width,
                      const Input* weights, int64_t weights_row, int64_t count, Input* stage, Input*,
-                     float* products, FetchAhead& ahead) {
+                     float* products, LinesAhead& ahead) {
     constexpr int64_t kOnePass = 4 * kLanes;  // columns
     with_words(type, dim, width, [&](auto stored, auto direct) {
       using Stored = decltype(stored);
       PanelRows<Input> rows;
       for (int64_t first = 0; first < values.count; first += kPanel) {
         const int64_t left = values.count - first, keys = left < kPanel ? left : kPanel;
-        int64_t step = 0;
+        const bool last = left <= kPanel;
         if constexpr (decltype(direct)::value) {
           rows.find(values, first, width, stage);
-          step = FetchAhead::kOne * keys * kOnePass / width;
         } else {
-          rows.widen(type, values, first, dim, width, stage, FetchAhead::kOne, ahead);
+          rows.widen(type, values, first, dim, width, stage, last ? 0 : lines_of(type, dim), ahead);
         }
         by_blocks(count, [&](int64_t r, auto block) {
           constexpr int R = decltype(block)::value;
           const Input* w = weights + r * weights_row + first;
           float* to = products + r * kPanel;
           int64_t d = 0;
-          for (; d + kOnePass <= width; d += kOnePass) {
+          const bool fetches = direct.value && r == 0 && !last;
+          for (; d + kOnePass <= width; d += kOnePass)
             weigh<Stored, R, 4>(rows.get(), d, keys, w, weights_row, first > 0, to + d * count,
-                                count * kPanel);
-            ahead.step(r ? 0 : step);
-          }
+                                count * kPanel, fetches, ahead);
           if (d < width)
             weigh<Stored, R, kPanel / kLanes>(rows.get(), d, keys, w, weights_row, first > 0,
-                                              to + d * count, count * kPanel);
+                                              to + d * count, count * kPanel, fetches, ahead);
         });
       }
     });
@@ -273,6 +293,8 @@ class FewRows {
   // Rows that share one pass: sums of two vectors of keys, or of four of columns, and what they are
   // added from, in 32 registers (16).
   static constexpr int64_t kBlock = kLanes == 16 ? 6 : 3;
+
+  static int64_t lines_of(KvType type, int64_t dim) { return (dim * kv_bytes(type) + 63) / 64; }
 
   // f(first row, its number) for blocks of about equal height.
   template <class F>
@@ -300,7 +322,7 @@ class FewRows {
   template <class Word, int R>
   __attribute__((noinline)) static void score(const char* const* row, int64_t words,
                                               const Input* queries, const float* scale, float* to,
-                                              int64_t step, FetchAhead& ahead) {
+                                              bool fetches, LinesAhead& ahead) {
     for (int64_t k = 0; k < kPanel; k += kGroups * kLanes) {
       Vec sum[kGroups][R];
 #pragma GCC unroll 2
@@ -312,7 +334,7 @@ class FewRows {
 #pragma GCC unroll 2
         for (int g = 0; g < kGroups; ++g) load_turned(row + k + g * kLanes, 4 * i, v[g]);
         add_words<Word>(queries + i * kFewRows * (4 / sizeof(Word)), v, sum);
-        ahead.step(step);
+        if (fetches) ahead.fetch<kGroups * kLanes * kTurned * 4 / 64>();
       }
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g)
@@ -328,7 +350,8 @@ class FewRows {
   template <class Stored, int R, int V>
   __attribute__((noinline)) static void weigh(const char* const* row, int64_t column, int64_t keys,
                                               const Input* weights, int64_t weights_row,
-                                              bool resume, float* to, int64_t next_columns) {
+                                              bool resume, float* to, int64_t next_columns,
+                                              bool fetches, LinesAhead& ahead) {
     constexpr int kInPanel = kPanel / kLanes;
     const auto at = [&](int r, int i) LMFUSE_LAMBDA {
       return to + i / kInPanel * next_columns + r * kPanel + i % kInPanel * kLanes;
@@ -339,7 +362,9 @@ class FewRows {
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i) sum[r][i] = resume ? load(at(r, i)) : broadcast(0.0f);
     add_values<Stored>(weights, weights_row, row, column * static_cast<int64_t>(sizeof(Stored)),
-                       keys, sum);
+                       keys, sum, [&](auto lines) LMFUSE_LAMBDA {
+                         if (fetches) ahead.fetch<decltype(lines)::value>();
+                       });
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

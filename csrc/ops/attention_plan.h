@@ -95,8 +95,7 @@ inline void by_rows(AttentionPlan& p, int64_t b, int64_t rows) {
 
 // What a unit costs for each KV head, in products of a row and a key: reading and packing a key is
 // worth about 64 of them.
-inline int64_t cost(const AttentionArgs& a, const AttentionUnit& u) {
-  const AttentionSequence& s = a.sequences[u.seq];
+inline int64_t cost(const AttentionArgs& a, const AttentionSequence& s, const AttentionUnit& u) {
   const int64_t group = a.heads / a.kv_heads;
   const int64_t middle = s.kv_len - s.q_len + (u.row + u.row_count / 2) / group;
   const int64_t begin = std::max(u.chunk * kKeyChunk, middle - a.window_left);
@@ -110,14 +109,17 @@ inline int64_t cost(const AttentionArgs& a, const AttentionUnit& u) {
 inline void cut_units(const AttentionArgs& a, AttentionPlan& p, int64_t threads) {
   constexpr int64_t kPieces = 8;
   int64_t total = 0;
-  for (const AttentionUnit& u : p.units) total += cost(a, u);
+  for (const AttentionUnit& u : p.units) total += cost(a, p.sequences[u.seq], u);
   const int64_t most = std::max<int64_t>(1, total * a.kv_heads / (threads * kPieces));
   std::vector<AttentionUnit> pieces;
   std::vector<int64_t> of_sequence(p.sequences.size(), 0);
   for (AttentionUnit u : p.units) {
-    int64_t n = (cost(a, u) + most - 1) / most;
+    if (p.sequences[u.seq].partial < 0) {
+      pieces.push_back(u);
+      continue;
+    }
+    int64_t n = (cost(a, p.sequences[u.seq], u) + most - 1) / most;
     while (n * a.kv_heads % threads) ++n;
-    if (p.sequences[u.seq].partial < 0) n = 1;
     const int64_t size = (u.chunk_count + n - 1) / n;
     for (int64_t end = u.chunk + u.chunk_count; u.chunk < end; u.chunk += u.chunk_count) {
       u.chunk_count = std::min(size, end - u.chunk);
@@ -169,7 +171,8 @@ class AttentionShares {
   AttentionShares(const AttentionArgs& a, const AttentionPlan& p)
       : kv_heads_(a.kv_heads), until_(p.units.size()) {
     int64_t total = 0;
-    for (size_t u = 0; u < until_.size(); ++u) until_[u] = total += cost(a, p.units[u]);
+    for (size_t u = 0; u < until_.size(); ++u)
+      until_[u] = total += cost(a, p.sequences[p.units[u].seq], p.units[u]);
   }
   int64_t total() const { return until_.empty() ? 0 : until_.back(); }
 

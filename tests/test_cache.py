@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,7 +137,7 @@ def test_new_caches_are_apart_and_in_large_pages():
         whole = cache.view(torch.uint8) if cache.dim() else cache.float()
         assert (whole == i).all()
     small = [new_cache((1000,), torch.int8).data_ptr() for _ in range(9)]
-    assert sum(abs(a - b) <= 1024 for a, b in zip(small, small[1:], strict=False)) >= 7
+    assert sum(abs(a - b) <= 1024 for a, b in itertools.pairwise(small)) >= 7
 
     def resident() -> int:
         with open("/proc/self/statm") as file:

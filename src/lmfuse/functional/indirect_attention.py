@@ -17,6 +17,7 @@ there, once.
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -88,9 +89,9 @@ def indirect_access_kv_cache_attention(
     if alibi is not None:
         raise ValueError("alibi must be None: add its bias to attention_mask")
     _attention.heads("query", query, "[batch, seq, heads, dim]")
-    divisor = _attention.number("scale_attn", scale_attn)
-    if divisor == 0.0:
-        raise ValueError("scale_attn is 0, but the scores are divided by it")
+    divisor = float(scale_attn)
+    if not _attention.traced() and (divisor == 0.0 or not math.isfinite(divisor)):
+        raise ValueError(f"scale_attn is {divisor}, but must be finite and not 0")
     scale = 1.0 / divisor
     past = _past_length(layer_past, seq_info)
     if past == -1 and layer_past is not None:

@@ -103,7 +103,7 @@ inline WoqHow checked_how(const Quantized& w, int64_t compute, bool block_scales
 
 // In which form the kernels of the active level read m rows of x, and what that takes.
 struct WoqForm {
-  WoqRowsArgs rows{};                         // but for where they come from and go to
+  WoqRowsArgs rows{};                           // but for where they come from and go to
   int64_t row_bytes, sum_bytes, scratch_bytes;  // of all rows, of sums or scales, of a thread
 
   // weights: 2 for a product of gate and up.

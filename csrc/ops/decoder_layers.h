@@ -237,11 +237,10 @@ class DecoderReader {
 
   // Equal in all that the activations and the plan of attention depend on.
   static void alike(const DecoderLayer& a, const DecoderLayer& b) {
-    LMFUSE_CHECK_VALUE(a.hidden() == b.hidden() && a.heads == b.heads &&
-                           a.kv_heads == b.kv_heads && a.head_dim == b.head_dim &&
-                           a.head_stride == b.head_stride && a.columns == b.columns &&
-                           a.inner() == b.inner() && a.window == b.window && a.gated == b.gated &&
-                           a.parallel == b.parallel,
+    LMFUSE_CHECK_VALUE(a.hidden() == b.hidden() && a.heads == b.heads && a.kv_heads == b.kv_heads &&
+                           a.head_dim == b.head_dim && a.head_stride == b.head_stride &&
+                           a.columns == b.columns && a.inner() == b.inner() &&
+                           a.window == b.window && a.gated == b.gated && a.parallel == b.parallel,
                        "the layers of one call must have the same sizes, window and form");
   }
 
@@ -350,10 +349,9 @@ struct DecoderCaches {
       layers.push_back({side(of[i], t[0], each == 4 ? t + 2 : nullptr, "a key cache"),
                         side(of[i], t[1], each == 4 ? t + 3 : nullptr, "a value cache")});
       const KvType type = layers[i].key.type;
-      LMFUSE_CHECK(
-          type == layers[i].value.type &&
-              (type == KvType::i8 || static_cast<int>(type) == static_cast<int>(dtype)),
-          "the caches must have the dtype of hidden_states, or be int8");
+      LMFUSE_CHECK(type == layers[i].value.type &&
+                       (type == KvType::i8 || static_cast<int>(type) == static_cast<int>(dtype)),
+                   "the caches must have the dtype of hidden_states, or be int8");
     }
   }
 

@@ -148,8 +148,8 @@ class DecoderWorker {
     const Matrix normed = matrix(c_.normed);
     if (!plain) k_.norm(norm_args(n, x, normed, c_.hidden), begin, end);
     bool waits = !plain;
-    const DecoderProducts products = plain ? read(x, false, linears, joined, waits)
-                                           : read(normed, true, linears, joined, waits);
+    const DecoderProducts products =
+        plain ? read(x, false, linears, joined, waits) : read(normed, true, linears, joined, waits);
     if (waits && !c_.alone()) w_.sync();
     return products;
   }

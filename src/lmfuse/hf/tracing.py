@@ -5,7 +5,11 @@
 
 An optimized model takes IPEX's tuple caches besides transformers' own, and gives tuples back: then
 its inputs and outputs are tensors, and every layer appends and attends in one op that no length,
-batch or number of beams is written into.
+batch or number of beams is written into. Save a graph after `torch.jit.freeze` only: one that
+is not frozen gives a file that does not load.
+
+On a processor that decodes SmolLM2 in 8.0 ms a token eagerly, whole layers in one op, a trace takes
+9.8, for it holds the ops one by one.
 """
 
 from __future__ import annotations

@@ -223,6 +223,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(chat_command, "print_piece", piece)
+    monkeypatch.setattr(chat_command, "printer", lambda: piece)
     result = call("chat", folder, *RUN, stdin=f"{WORDS}\n/clear\n{WORDS}\n")
     assert result.exit_code == 0, result.output
     stopped, whole = "".join(pieces).split("\n")[0], expected(loaded)
@@ -238,6 +239,7 @@ def test_a_second_interrupt_ends_the_program(folder: str, monkeypatch: pytest.Mo
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(chat_command, "print_piece", piece)
+    monkeypatch.setattr(chat_command, "printer", lambda: piece)
     assert call("chat", folder, *RUN, stdin=f"{WORDS}\n").exit_code != 0
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -105,7 +105,7 @@ def printer() -> Callable[[str], object]:
     """Prints pieces of an answer: as they are where no terminal shows them."""
     if not sys.stdout.isatty():
         return print_piece
-    return Words(print_piece, shutil.get_terminal_size().columns)
+    return Words(print_piece, os.get_terminal_size(sys.stdout.fileno()).columns or 80)
 
 
 @contextmanager

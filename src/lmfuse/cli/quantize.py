@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lmfuse import hf
+from lmfuse.bench.models import quiet
 from lmfuse.cli._console import console
 from lmfuse.cli._load import MODEL, load_or_exit, status
 from lmfuse.quantization import WeightOnlyConfig, quality, quantization
@@ -103,7 +104,7 @@ def quantize(
     out = console()
     out.print(_summary(reference, smaller, config))
     if output is not None:
-        with status("Saving …"):
+        with quiet():  # transformers' bar of the shards
             smaller.save_pretrained(output)
             tokenizer.save_pretrained(output)
         out.print(f"Saved in {output}; lmfuse imported, transformers loads it from there.")

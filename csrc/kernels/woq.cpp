@@ -48,9 +48,10 @@ class F32 {
   FmaTile<float> tile_;
 };
 
+template <int kTileRows>
 class Int8 {
  public:
-  static constexpr int kRows = kInt8Rows;
+  static constexpr int kRows = kTileRows;
   static constexpr bool kBlocks = false;
   static constexpr int64_t kBytes = 1;
   static bool decodes(const WoqFormat& f, bool shared) {
@@ -77,6 +78,8 @@ class Int8 {
   bool nibbles_;
 };
 
+using FewInt8 = Int8<kInt8Rows>;
+
 #if defined(LMFUSE_TILES)
 
 // The block of a stretch, scaled and added, where a tile has left it in memory.
@@ -99,8 +102,7 @@ LMFUSE_INLINE void add_tile(const WoqStep& s, const TileRows& rows, float shift,
           z = number(load_words(from));
         }
         float* sum = s.sum + at + v * kLanes;
-        store(sum, add_scaled<decltype(plain)::value>(
-                       w, v, z, x_sums[t], x_scale(t), load(sum)));
+        store(sum, add_scaled<decltype(plain)::value>(w, v, z, x_sums[t], x_scale(t), load(sum)));
       }
     }
   });
@@ -187,7 +189,7 @@ using ManyBf16 = AmxBf16;
 
 #else
 
-using ManyInt8 = Int8;
+using ManyInt8 = Int8<kManyInt8Rows>;
 
 #if defined(__AVX512BF16__)
 
@@ -203,9 +205,8 @@ class FewBf16 {
   TileRows rows() const { return {rows_, rows_, 0}; }
   void run(const WoqStep& s) {
     with_bf16_decoder(s.args.format, [&](const auto& decoder) LMFUSE_LAMBDA {
-      with_count<kRows>(rows_, [&](auto r) LMFUSE_LAMBDA {
-        few_bf16_rows<decltype(r)::value>(s, decoder);
-      });
+      with_count<kRows>(
+          rows_, [&](auto r) LMFUSE_LAMBDA { few_bf16_rows<decltype(r)::value>(s, decoder); });
     });
   }
 
@@ -290,8 +291,8 @@ void decode_panel(const WoqFormat& f, const char* panel, char* to) {
 LMFUSE_INLINE void fetch_out(const WoqArgs& a, int64_t row, int64_t count, int64_t panel) {
   const int64_t size = a.out.dtype == DType::f32 ? 4 : 2;
   for (int64_t r = row; r < row + count; ++r) {
-    const char* at = static_cast<const char*>(a.out.data) +
-                     (offset(a.out.rows, r) + panel * kPanel) * size;
+    const char* at =
+        static_cast<const char*>(a.out.data) + (offset(a.out.rows, r) + panel * kPanel) * size;
     __builtin_prefetch(at, 1);
     if (size == 4) __builtin_prefetch(at + 64, 1);
   }
@@ -399,7 +400,7 @@ LMFUSE_INLINE void with_family(const WoqFormat& f, WoqCompute compute, int64_t m
     case WoqCompute::f32:
       return use(Of<F32>{});
     case WoqCompute::int8:
-      if (m <= Int8::kRows) return use(Of<Int8>{});
+      if (m <= FewInt8::kRows) return use(Of<FewInt8>{});
       return use(Of<ManyInt8>{});
   }
 }
@@ -418,9 +419,8 @@ WoqPlan woq_plan(const WoqFormat& f, WoqCompute compute, int64_t m, int64_t weig
 }
 
 void woq(const WoqArgs& a, int64_t begin, int64_t end) {
-  with_family(a.format, a.compute, a.m, [&](auto of) {
-    woq_with<typename decltype(of)::Family>(a, begin, end);
-  });
+  with_family(a.format, a.compute, a.m,
+              [&](auto of) { woq_with<typename decltype(of)::Family>(a, begin, end); });
 }
 
 }  // namespace lmfuse::LMFUSE_ISA

@@ -1,12 +1,12 @@
-// Rows of x for quantized weights: in the order of the panels, as bf16 or as int8 with scales, and the
-// sums of their blocks.
+// Rows of x for quantized weights: in the order of the panels, as bf16 or as int8 with scales, and
+// the sums of their blocks.
 #include "woq_int8.h"
 
 namespace lmfuse::LMFUSE_ISA {
 namespace {
 
-// How x becomes int8: q = round(x * inverse), x = q * scale. Where x is not finite, no integer stands
-// for it: the scale is NaN, and so is the result.
+// How x becomes int8: q = round(x * inverse), x = q * scale. Where x is not finite, no integer
+// stands for it: the scale is NaN, and so is the result.
 struct Int8Scale {
   float inverse, scale;
 };

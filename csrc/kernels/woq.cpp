@@ -49,9 +49,10 @@ class F32 {
   FmaTile<float> tile_;
 };
 
+template <int kTileRows>
 class Int8 {
  public:
-  static constexpr int kRows = kInt8Rows;
+  static constexpr int kRows = kTileRows;
   static constexpr bool kBlocks = false;
   static constexpr int64_t kBytes = 1;
   static bool decodes(const WoqFormat& f, bool shared) {
@@ -77,6 +78,8 @@ class Int8 {
   int64_t rows_;
   bool nibbles_;
 };
+
+using FewInt8 = Int8<kInt8Rows>;
 
 #if defined(LMFUSE_TILES)
 
@@ -187,7 +190,7 @@ using ManyBf16 = AmxBf16;
 
 #else
 
-using ManyInt8 = Int8;
+using ManyInt8 = Int8<kManyInt8Rows>;
 
 #if defined(__AVX512BF16__)
 
@@ -408,7 +411,7 @@ LMFUSE_INLINE void with_family(const WoqFormat& f, WoqCompute compute, int64_t m
     case WoqCompute::f32:
       return use(Of<F32>{});
     case WoqCompute::int8:
-      if (m <= Int8::kRows) return use(Of<Int8>{});
+      if (m <= FewInt8::kRows) return use(Of<FewInt8>{});
       return use(Of<ManyInt8>{});
   }
 }

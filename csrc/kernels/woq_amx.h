@@ -1,5 +1,5 @@
-// Tiles of AMX for quantized weights: few rows of bf16, whose weights are decoded meanwhile, and rows
-// of int8, in int32, which is exact. Declared micro-kernel: this file may name instructions.
+// Tiles of AMX for quantized weights: few rows of bf16, whose weights are decoded meanwhile, and
+// rows of int8, in int32, which is exact. Declared micro-kernel: this file may name instructions.
 #pragma once
 
 #include "woq_decode.h"
@@ -22,7 +22,8 @@ class AmxFewTile {
   template <class Decoder>
   LMFUSE_INLINE void run(const bf16_t* x, int64_t lda, const char* codes, int64_t k, float* acc,
                          const Decoder& decode) {
-    constexpr int64_t kRow = kPanel * sizeof(float), kStepBytes = kDotStep / Decoder::kColumns * 128;
+    constexpr int64_t kRow = kPanel * sizeof(float),
+                      kStepBytes = kDotStep / Decoder::kColumns * 128;
     alignas(64) char steps[2][kDotStep * kPanel * sizeof(bf16_t)];
     tiles_.zero<0>();
     tiles_.zero<1>();
@@ -73,8 +74,8 @@ class AmxInt8Tile {
   Tiles tiles_;
 
   template <bool kTwo>
-  LMFUSE_INLINE void run_tiles(const int8_t* x, int64_t lda, const char* b, int64_t k,
-                               int32_t* acc, bool ahead) {
+  LMFUSE_INLINE void run_tiles(const int8_t* x, int64_t lda, const char* b, int64_t k, int32_t* acc,
+                               bool ahead) {
     constexpr int64_t kRow = 4 * kPanel;
     const int8_t* x2 = x + (rows_ - half_) * lda;
     int32_t* acc2 = acc + half_ * kPanel;

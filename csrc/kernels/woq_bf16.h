@@ -10,7 +10,7 @@ namespace lmfuse::LMFUSE_ISA {
 namespace {
 
 constexpr int kFewBf16Rows = 8;   // 16 sums, and 8 decoded vectors
-constexpr int kManyBf16Rows = 12;
+constexpr int kManyBf16Rows = 7;  // 14 sums, and as many of the blocks before
 
 template <int R>
 using Bf16Sums = __m512[R][2];
@@ -32,11 +32,11 @@ LMFUSE_INLINE void clear(Bf16Sums<R>& acc) {
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
 }
 
-template <int R>
+template <int R, class Sums>
 LMFUSE_INLINE void add_bf16_block(const WoqStep& s, const WoqBlock& block, int64_t index,
-                                  const Bf16Sums<R>& acc) {
+                                  Sums& sums, const Bf16Sums<R>& acc) {
   add_block<R>(
-      s, block, index, [&](int r, int v) LMFUSE_LAMBDA { return Vec{acc[r][v]}; },
+      s, block, index, sums, [&](int r, int v) LMFUSE_LAMBDA { return Vec{acc[r][v]}; },
       [](int) LMFUSE_LAMBDA { return 1.0f; });
 }
 
@@ -80,10 +80,11 @@ LMFUSE_INLINE void bf16_blocks(const WoqStep& s, const Decoder& decode, WoqBlock
     x.advance(2 * Decoder::kColumns);
   }
   for (; fetched < b[kBlocks - 1] + distance; fetched += 64) __builtin_prefetch(fetched);
+  WoqSums<R, false> sums(s.sum);
 #pragma GCC unroll 4
   for (int i = 0; i < kBlocks; ++i) {
     const WoqBlock block({first + i, 0, 0, 0, scales[i] - s.panel, 0}, s.panel);
-    add_bf16_block<R>(s, block, first + i, acc[i]);
+    add_bf16_block<R>(s, block, first + i, sums, acc[i]);
   }
 }
 
@@ -103,6 +104,7 @@ template <int R>
 void many_bf16_rows(const WoqStep& s) {
   const char* b = s.codes;
   Ahead ahead = s.ahead;
+  WoqSums<R, true> sums(s.sum);
   for (WoqBlocks at = s.at; at; ++at) {
     const WoqBlock block(*at, s.panel);
     Bf16Sums<R> acc;
@@ -112,8 +114,9 @@ void many_bf16_rows(const WoqStep& s) {
       ahead.step();
       pair_of_columns<R>(acc, x, 0, _mm512_loadu_si512(b), _mm512_loadu_si512(b + 64));
     }
-    add_bf16_block<R>(s, block, (*at).index, acc);
+    add_bf16_block<R>(s, block, (*at).index, sums, acc);
   }
+  sums.done();
 }
 
 }  // namespace

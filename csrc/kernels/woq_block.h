@@ -1,5 +1,5 @@
-// Panels of a quantized weight (layout in kernels.h), block by block: where the codes and the scales
-// of each lie, and how its sums are scaled and added.
+// Panels of a quantized weight (layout in kernels.h), block by block: where the codes and the
+// scales of each lie, and how its sums are scaled and added.
 #pragma once
 
 #include "gemm_tile.h"
@@ -107,7 +107,9 @@ struct WoqStep {
   bool alone, first;  // of the tiles that meet the panel: the only one, the first
 
   // Of the rows from the first on, in a block.
-  LMFUSE_INLINE const float* x_sums(int64_t index) const { return args.sums + index * args.m + row; }
+  LMFUSE_INLINE const float* x_sums(int64_t index) const {
+    return args.sums + index * args.m + row;
+  }
   LMFUSE_INLINE const float* x_scales(int64_t index) const {
     return args.scales + (args.block_scales ? index * args.m : 0) + row;
   }
@@ -124,10 +126,48 @@ LMFUSE_INLINE Vec add_scaled(const WoqScales& w, int v, Vec z, float x_sum, floa
   return sum;
 }
 
+// The sums of R rows: in memory, or in registers while a tile runs over a panel.
+template <int R, bool kKept>
+class WoqSums {
+ public:
+  LMFUSE_INLINE explicit WoqSums(float* to) : to_(to) {}
+  LMFUSE_INLINE Vec get(int r, int v) const { return load(to_ + r * kPanel + v * kLanes); }
+  LMFUSE_INLINE void set(int r, int v, Vec sum) { store(to_ + r * kPanel + v * kLanes, sum); }
+  // Else GCC 12 loads all sums first, and puts them on the stack.
+  LMFUSE_INLINE void row_done() { asm volatile("" ::: "memory"); }
+  LMFUSE_INLINE void done() {}
+
+ private:
+  float* to_;
+};
+template <int R>
+class WoqSums<R, true> {
+ public:
+  LMFUSE_INLINE explicit WoqSums(float* to) : to_(to) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sums_[r][v] = broadcast(0.0f);
+  }
+  LMFUSE_INLINE Vec get(int r, int v) const { return sums_[r][v]; }
+  LMFUSE_INLINE void set(int r, int v, Vec sum) { sums_[r][v] = sum; }
+  LMFUSE_INLINE void row_done() {}
+  LMFUSE_INLINE void done() {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) store(to_ + r * kPanel + v * kLanes, sums_[r][v]);
+  }
+
+ private:
+  float* to_;
+  Vec sums_[R][kVecs];
+};
+
 // Adds a block to the sums of R rows. z(r, v): what the tile has; x_scale(r): of row r of the tile.
-template <int R, class Z, class Scale>
-LMFUSE_INLINE void add_block(const WoqStep& s, const WoqBlock& block, int64_t index, Z z,
-                             Scale x_scale) {
+template <int R, class Sums, class Z, class Scale>
+LMFUSE_INLINE void add_block(const WoqStep& s, const WoqBlock& block, int64_t index, Sums& sums,
+                             Z z, Scale x_scale) {
   const WoqFormat& f = s.args.format;
   const float* x_sums = s.x_sums(index);
   with_flag(f.zero == WoqZero::none, [&](auto plain) LMFUSE_LAMBDA {
@@ -136,11 +176,9 @@ LMFUSE_INLINE void add_block(const WoqStep& s, const WoqBlock& block, int64_t in
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        float* sum = s.sum + r * kPanel + v * kLanes;
-        store(sum, add_scaled<kPlain>(w, v, z(r, v), x_sums[r], x_scale(r), load(sum)));
-      }
-      asm volatile("" ::: "memory");  // else GCC 12 loads all sums first, and puts them on the stack
+      for (int v = 0; v < kVecs; ++v)
+        sums.set(r, v, add_scaled<kPlain>(w, v, z(r, v), x_sums[r], x_scale(r), sums.get(r, v)));
+      sums.row_done();
     }
   });
 }

@@ -34,7 +34,8 @@ using Int8Sums = Words[R][kVecs];
 
 #if defined(__AVX512VNNI__)
 
-constexpr int kInt8Rows = 12;  // 24 sums of 32 registers
+constexpr int kInt8Rows = 12;     // 24 sums of 32 registers
+constexpr int kManyInt8Rows = 7;  // with as many of the blocks before
 
 LMFUSE_INLINE Words words(int x) { return {_mm512_set1_epi32(x)}; }
 
@@ -81,16 +82,15 @@ struct Nibbles {
 
 #elif defined(__AVX2__)
 
-// VPMADDUBSW takes one unsigned factor: |b| by x with the sign of b. Two products of at most 128 * 127
-// do not saturate 16 bits.
-constexpr int kInt8Rows = kLanes == 16 ? 6 : 2;
+// VPMADDUBSW takes one unsigned factor: |b| by x with the sign of b. Two products of at most 128 *
+// 127 do not saturate 16 bits.
+constexpr int kInt8Rows = kLanes == 16 ? 6 : 2, kManyInt8Rows = kInt8Rows;
 
 #if defined(__AVX512BW__)
 LMFUSE_INLINE Words words(int x) { return {_mm512_set1_epi32(x)}; }
 LMFUSE_INLINE Words magnitudes(Words b) { return {_mm512_abs_epi8(b.v)}; }
 LMFUSE_INLINE Words signed_as(Words x, Words b) {
-  return {
-      _mm512_mask_sub_epi8(x.v, _mm512_movepi8_mask(b.v), _mm512_setzero_si512(), x.v)};
+  return {_mm512_mask_sub_epi8(x.v, _mm512_movepi8_mask(b.v), _mm512_setzero_si512(), x.v)};
 }
 LMFUSE_INLINE Words pairs(Words b, Words x) { return {_mm512_maddubs_epi16(b.v, x.v)}; }
 LMFUSE_INLINE Words add_pairs(Words a, Words b) { return {_mm512_add_epi16(a.v, b.v)}; }
@@ -144,15 +144,14 @@ struct Nibbles {
       const Words low = both & 0x0f0f0f0f, high = both >> 4 & 0x0f0f0f0f;
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
-        acc[r][v] =
-            add_fours(acc[r][v], add_pairs(pairs(low, first[r]), pairs(high, second[r])));
+        acc[r][v] = add_fours(acc[r][v], add_pairs(pairs(low, first[r]), pairs(high, second[r])));
     }
   }
 };
 
 #else
 
-constexpr int kInt8Rows = 4;
+constexpr int kInt8Rows = 4, kManyInt8Rows = kInt8Rows;
 
 LMFUSE_INLINE Words words(int x) {
   Words w;
@@ -186,8 +185,8 @@ using Nibbles = Codes<4, 8>;
 
 #endif
 
-// What the sum of x in a block is multiplied by for the sums to begin with: minus what the codes are
-// raised by, and the middle of their range.
+// What the sum of x in a block is multiplied by for the sums to begin with: minus what the codes
+// are raised by, and the middle of their range.
 template <class Codes>
 LMFUSE_INLINE int start_factor(const WoqFormat& f) {
   return -(Codes::kRaised + static_cast<int>(middle(f)));
@@ -201,6 +200,7 @@ void int8_panel(const WoqStep& s) {
   const int factor = start_factor<Codes>(a.format);
   const char* b = s.codes;
   Ahead ahead = s.ahead;
+  WoqSums<R, kLanes == 16 && R <= kManyInt8Rows> sums(s.sum);
   for (WoqBlocks at = s.at; at; ++at) {
     const WoqBlock block(*at, s.panel);
     if (!s.codes) b = block.codes;
@@ -208,6 +208,8 @@ void int8_panel(const WoqStep& s) {
     const float *x_sums = s.x_sums((*at).index), *x_scales = s.x_scales((*at).index);
     alignas(64) int32_t start[16];
     for (int r = 0; r < R; ++r) start[r] = factor * static_cast<int32_t>(x_sums[r]);
+    asm volatile("" ::"r"(start)
+                 : "memory");  // to be read from there, not shuffled out of registers
     Int8Sums<R> acc;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -225,9 +227,10 @@ void int8_panel(const WoqStep& s) {
       x.advance(Codes::kColumns);
     }
     add_block<R>(
-        s, block, (*at).index, [&](int r, int v) LMFUSE_LAMBDA { return number(acc[r][v]); },
+        s, block, (*at).index, sums, [&](int r, int v) LMFUSE_LAMBDA { return number(acc[r][v]); },
         [&](int r) LMFUSE_LAMBDA { return x_scales[r]; });
   }
+  sums.done();
 }
 
 }  // namespace

@@ -231,7 +231,7 @@ constexpr int64_t woq_blocks(const WoqFormat& f) { return (f.k + woq_block(f) - 
 // bf16 compute without them, and 0.0 % with eight (KL 0.036 and 0.001; with four 0.003).
 constexpr int64_t kWoqOutliers = 8;
 struct WoqOutlier {
-  int32_t group, codes;  // of its column: how many bytes of codes of the group lie before; -1: no more
+  int32_t group, codes;  // of its column: the bytes of codes before it in the group; -1: no more
   int32_t shift;         // what brings its code to the top of a word
   float value;
 };

@@ -220,6 +220,8 @@ def _draw(errors: list[quality.LayerError], picture: Path) -> None:
     for axis, title in zip(axes, ("weights", "results of a layer"), strict=True):
         axis.set(title=f"relative error of {title}", xlabel="depth", yscale="log")
         axis.grid(alpha=0.3)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     axes[0].set_ylabel("%")
-    axes[1].legend(fontsize="small")
+    axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(picture, dpi=150)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmfuse.functional import new_cache, reshape_and_cache
 
+BF16 = torch.bfloat16
 FP8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 
 
@@ -148,8 +149,8 @@ def test_new_caches_are_apart_and_in_large_pages():
     assert resident() - before < 16 << 20
     with pytest.raises(ValueError, match=r"shape is \(3, -1\), but no size may be negative"):
         new_cache((3, -1), torch.float32)
-    compiled = torch.compile(lambda: new_cache((3, 4), torch.bfloat16), fullgraph=True)
-    assert compiled().shape == (3, 4)
+    made = torch.compile(lambda: new_cache((3,), BF16), fullgraph=True, backend="aot_eager")
+    assert made().shape == (3,)
 
 
 def _valid() -> dict[str, object]:

@@ -29,7 +29,7 @@ _NAMES: dict[str, tuple[torch.dtype, ...]] = {
 def new_cache(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A cache for keys or values, uninitialised, in pages of 2 MB where the system has them.
 
-    Decoding reads it 2 to 30 % faster in a virtual machine (an EPYC 2 to 17, a Xeon 20 to 30), which
+    Decoding reads it faster in a virtual machine (EPYC: 2 to 17 %, Xeon: 20 to 30 %), which
     otherwise spends that on looking up pages of 4 KB. Memory is taken 2 MB at a time when it is
     first written; small caches share their pages.
 

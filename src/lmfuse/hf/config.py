@@ -23,8 +23,6 @@ class View:
     configs within that have views, `lmfuse_parts`.
     """
 
-    __slots__ = ()
-
     lmfuse_stock: PreTrainedConfig
     lmfuse_name: str | None
     lmfuse_parts: dict[str, View]
@@ -97,7 +95,7 @@ def _seen(stock: PreTrainedConfig, name: str, seen: dict[int, Any]) -> Any:
 
 
 def _view(stock: PreTrainedConfig, name: str | None, parts: dict[str, View]) -> Any:
-    kind = _kind(type(stock))
+    kind: Any = _kind(type(stock))
     new = kind.__new__(kind)
     object.__setattr__(new, "__dict__", vars(stock))
     new.lmfuse_stock, new.lmfuse_name, new.lmfuse_parts = stock, name, parts

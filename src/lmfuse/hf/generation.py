@@ -79,7 +79,8 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
         """See transformers' `ContinuousMixin.init_continuous_batching`."""
         if config.name(self) != attention.NAME:  # type: ignore[arg-type]
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        self.config = self.base_model.config  # of which the manager asks for the name
+        base: Any = self.base_model
+        self.config = base.config  # of which the manager asks for the name
         config.rename(self, attention.PAGED_NAME)  # type: ignore[arg-type]
         try:
             manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]

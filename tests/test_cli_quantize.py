@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import GgufConfig
 from typer.testing import CliRunner
 
 from lmfuse.cli import app
+from lmfuse.cli import quantize as command
 from test_quantization import logits, tiny
 
 

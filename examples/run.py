@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from statistics import mean, quantiles
 from time import perf_counter
@@ -135,11 +135,9 @@ def main(
     set_machine(isa, None)
     model, tokenizer = loaded(model_id, dtype, stock)
     inputs = inputs_of(model, tokenizer, prompt, input_tokens, batch_size, max_new_tokens)
-    least = work(model)
-    if woq is not None:  # of each weight so many bits; the scales are few
-        least = replace(least, weights=least.weights * woq.bits // (8 * model.dtype.itemsize))
     if not stock:
         model = optimized(model, dtype, weights)
+    least = work(model)
     recycle_memory(True)  # after loading: weights want fresh pages, large ones
     beams = 1 if greedy else 4
     options = {
@@ -283,7 +281,9 @@ def table(
     case: ModelCase, least: Work, timings: Timings, limits: tuple[Limits, Limits], dtype: Dtype
 ) -> Table:
     """First token and next ones: time, rate, and the fraction of what the machine could do."""
-    peak = mean(x.bf16 if dtype is Dtype.bfloat16 else x.fp32 for x in limits)
+    peaks = {unit: mean(getattr(x, unit) for x in limits) for unit in ("fp32", "bf16", "int8")}
+    unit = "bf16" if dtype is Dtype.bfloat16 else "fp32"
+    peak = peaks[unit]
     read = mean(x.read for x in limits)
     found = Table(
         title=f"{lmfuse.isa()}, threads: {torch.get_num_threads()}; {case}",
@@ -297,7 +297,7 @@ def table(
             "first token",
             timings.first,
             case.prompt,
-            max(least.first_flops(case) / peak, least.weights / read) / 1e9,
+            max(least.first_flops(case, peaks, unit) / peak, least.weights / read) / 1e9,
         ),
         ("next token", timings.following, 1, least.next_bytes(case) / read / 1e9),
     )

@@ -67,15 +67,15 @@ void cache_write(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache,
            [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
-Tensor cache_new(int64_t size) {
+Tensor cache_new(int64_t size, bool alone) {
   LMFUSE_CHECK(size >= 0, "size must not be negative");
-  return new_cache_bytes(size);
+  return new_cache_bytes(size, alone);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
-  m.def("cache_new(int size) -> Tensor");
+  m.def("cache_new(int size, bool alone) -> Tensor");
   m.def(
       "cache_write(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
       " Tensor slots, Tensor(c!)? key_scales, Tensor(d!)? value_scales, float key_scale,"

@@ -40,9 +40,11 @@ class LargePageBlocks {
  public:
   explicit LargePageBlocks(int64_t pages) : size_(pages * kLargePage), used_(size_) {}
 
+  bool shares(int64_t size) const { return size <= size_ / 2; }
+
   Tensor take(int64_t size) {
     constexpr int64_t kAlign = 64;
-    if (size > size_ / 2) return new_large_pages(size);
+    if (!shares(size)) return new_large_pages(size);
     const std::lock_guard<std::mutex> lock(mutex_);
     if (used_ + size > size_) {
       block_ = new_large_pages(size_);
@@ -66,9 +68,10 @@ inline Tensor new_weight_bytes(int64_t size) {
 }
 
 // Bytes that live as long as a cache, and grow with it: smaller blocks, which are sooner free.
-inline Tensor new_cache_bytes(int64_t size) {
+// alone: in a storage of its own, as what an op returns must be; so small ones in small pages.
+inline Tensor new_cache_bytes(int64_t size, bool alone) {
   static auto* const blocks = new LargePageBlocks(8);
-  return blocks->take(size);
+  return alone && blocks->shares(size) ? new_bytes(size) : blocks->take(size);
 }
 
 }  // namespace lmfuse

@@ -298,8 +298,8 @@ def _new_caches(
             f"{batch}, times the beams"
         )
     rows = text_max_length if text_max_length > seq else text_max_length + seq
-    key_cache = new_cache((rows, columns, kv_heads, dim), dtype)
-    value_cache = new_cache((rows, columns, kv_heads, value.shape[3]), dtype)
+    key_cache = new_cache((rows, columns, kv_heads, dim), dtype, alone=True)
+    value_cache = new_cache((rows, columns, kv_heads, value.shape[3]), dtype, alone=True)
     beams = columns // batch
     own = torch.arange(columns)
     beam_idx = own.repeat(rows + 2, 1)  # rows that nobody reorders go on with themselves
@@ -353,7 +353,7 @@ def _grown(caches: Caches, length: int) -> Caches:
     rows = max(2 * old, length)
 
     def grow(cache: Tensor) -> Tensor:
-        new = new_cache((rows, *cache.shape[1:]), cache.dtype)
+        new = new_cache((rows, *cache.shape[1:]), cache.dtype, alone=True)
         new[:old] = cache
         return new
 

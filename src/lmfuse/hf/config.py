@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-_NAME = "_attn_implementation_internal"
+_NAME, _PUBLIC = "_attn_implementation_internal", "_attn_implementation"
 
 
 class View:
@@ -23,6 +23,7 @@ class View:
     configs within that have views, `lmfuse_parts`.
     """
 
+    lmfuse_kind: type[PreTrainedConfig]
     lmfuse_stock: PreTrainedConfig
     lmfuse_name: str | None
     lmfuse_parts: dict[str, View]
@@ -59,9 +60,8 @@ def give(root: PreTrainedModel, name: str, everywhere: bool = False) -> None:
 def rename(root: PreTrainedModel, name: str) -> None:
     """Changes the name in all views that the parts of `root` have."""
     for _, view in _views(root):
-        view.lmfuse_name = name
-        for part in view.lmfuse_parts.values():
-            part.lmfuse_name = name
+        for one in (view, *view.lmfuse_parts.values()):
+            _rename(one, name)
 
 
 def name(root: PreTrainedModel) -> str | None:
@@ -95,39 +95,44 @@ def _seen(stock: PreTrainedConfig, name: str, seen: dict[int, Any]) -> Any:
 
 
 def _view(stock: PreTrainedConfig, name: str | None, parts: dict[str, View]) -> Any:
-    kind: Any = _kind(type(stock))
+    kind: Any = _kind(type(stock), name)
     new = kind.__new__(kind)
     object.__setattr__(new, "__dict__", vars(stock))
-    new.lmfuse_stock, new.lmfuse_name, new.lmfuse_parts = stock, name, parts
+    new.lmfuse_stock, new.lmfuse_parts = stock, parts
     return new
 
 
-_kinds: dict[type[PreTrainedConfig], type[Any]] = {}
+def _rename(view: View, name: str | None) -> None:
+    view.__class__ = _kind(view.lmfuse_kind, name)
 
 
-def _kind(stock: type[PreTrainedConfig]) -> type[Any]:
-    """The class of the views of a `stock`, made once."""
-    if stock not in _kinds:
+_kinds: dict[tuple[type[PreTrainedConfig], str | None], type[Any]] = {}
+
+
+def _kind(stock: type[PreTrainedConfig], name: str | None) -> type[Any]:
+    """The class of the views of a `stock` with this name, made once. The name is the class's, for
+    of an instance Dynamo sees no more than `__dict__`."""
+    if (stock, name) not in _kinds:
         attributes: dict[str, Any] = {
-            "__slots__": ("lmfuse_stock", "lmfuse_name", "lmfuse_parts"),
+            "__slots__": ("lmfuse_stock", "lmfuse_parts"),
             "__module__": stock.__module__,
             "__qualname__": stock.__qualname__,
-            # As whose instance it appears, and what transformers makes defaults with.
-            "__class__": property(lambda self: stock),
-            _NAME: property(
-                lambda self: self.lmfuse_name, lambda self, name: setattr(self, "lmfuse_name", name)
-            ),
+            "lmfuse_kind": stock,
+            "lmfuse_name": name,
+            _NAME: property(lambda self: name, _rename),
+            _PUBLIC: property(lambda self: name, getattr(PreTrainedConfig, _PUBLIC).fset),
             **{key: _part(key) for key in stock.sub_configs},
         }
-        _kinds[stock] = type(stock.__name__, (View, stock), attributes)
-    return _kinds[stock]
+        _kinds[stock, name] = type(stock.__name__, (View, stock), attributes)
+    return _kinds[stock, name]
 
 
 def _part(key: str) -> property:
     """The config within that is called `key`: its view, if it is still the same."""
 
     def get(self: Any) -> Any:
-        found, part = vars(self)[key], self.lmfuse_parts.get(key)
+        # transformers makes one with defaults, which is no view of another, to compare with.
+        found, part = vars(self)[key], getattr(self, "lmfuse_parts", {}).get(key)
         return part if part is not None and part.lmfuse_stock is found else found
 
     def put(self: Any, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +213,16 @@ def test_a_conversation_too_long(loaded: tuple[Any, Any]) -> None:
     assert not talk.messages
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a shell starts in the background ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupt_stops_the_answer_and_not_the_program(
-    folder: str, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    folder: str, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, interruptible: None
 ) -> None:
     pieces: list[str] = []
 
@@ -233,7 +242,9 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_interrupt_ends_the_program(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_ends_the_program(
+    folder: str, monkeypatch: pytest.MonkeyPatch, interruptible: None
+) -> None:
     def piece(text: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

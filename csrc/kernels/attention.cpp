@@ -86,15 +86,19 @@ class Attend {
   using Input = typename Tile::Input;
 
   Attend(const AttentionArgs& a, char* scratch)
-      : a_(a), width_(key_width<Input>(a.dim)), value_width_(round_up(a.value_dim, kPanel)) {
+      : a_(a),
+        width_(key_width<Input>(a.dim)),
+        value_width_(round_up(a.value_dim, kPanel)),
+        together_(heads_together(a)) {
     Scratch s(scratch);
     queries_ = s.take<Input>(kAttentionRows * width_);
     keys_ = s.take<Input>(kKeyChunk * width_);
     values_ = s.take<Input>(kKeyChunk * value_width_);
     stage_ = s.take<Input>(kPanel * (width_ > value_width_ ? width_ : value_width_));
-    scores_ = s.take<float>(kBlock * kKeyChunk);
-    weights_ = s.take<Input>(kBlock * kWeightsRow);
-    products_ = s.take<float>(kBlock * value_width_);
+    const int64_t rows = kBlock > together_ * kFewRows ? kBlock : together_ * kFewRows;
+    scores_ = s.take<float>(rows * kKeyChunk);
+    weights_ = s.take<Input>(rows * kWeightsRow);
+    products_ = s.take<float>(rows * value_width_);
     sums_ = s.take<float>(kAttentionRows * value_width_);
     running_ = {s.take<float>(kAttentionRows), s.take<float>(kAttentionRows)};
     rows_ = s.take<RowInfo>(kAttentionRows);
@@ -105,21 +109,43 @@ class Attend {
   }
   int64_t scratch() const { return scratch_; }
 
-  // next: the unit after this one, whose first keys are fetched already; or null.
-  void run(const AttentionUnit& u, int64_t kv_head, const AttentionUnit* next, int64_t next_head) {
+  // KV heads of a unit that are computed together.
+  struct Work {
+    const AttentionUnit* unit;
+    int64_t kv_head, heads;
+  };
+
+  // What is first of the items [begin, end); of none, a unit of null.
+  Work work(int64_t begin, int64_t end) const {
+    if (begin == end) return {nullptr, 0, 0};
+    const AttentionUnit& u = a_.units[begin / a_.kv_heads];
+    const int64_t kv_head = begin % a_.kv_heads;
+    const int64_t most = u.seq_count * u.row_count > kFewRows ? 1 : together_;
+    return {&u, kv_head, smaller(most, smaller(end - begin, a_.kv_heads - kv_head))};
+  }
+
+  // next: whose first keys are fetched already.
+  void run(const Work& work, const Work& next) {
+    const AttentionUnit& u = *work.unit;
+    const int64_t kv_head = work.kv_head, heads = work.heads;
     const int64_t count = u.seq_count * u.row_count, group = a_.heads / a_.kv_heads;
     first_head_ = kv_head * group;
-    for (int64_t r = 0; r < count; ++r) {
-      rows_[r] = row_info(a_, u, r);
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t r = 0; r < count; ++r) {
+        RowInfo& row = rows_[h * count + r];
+        row = row_info(a_, u, r);
+        row.head += h * group;
+        load_query(row, queries_ + r * width_);
+      }
+      if (count > kFewRows) continue;
+      for (int64_t i = count * width_; i < kFewRows * width_; ++i) queries_[i] = Input{};
+      place_queries(queries_, width_, keys_ + h * kFewRows * width_);
+    }
+    for (int64_t r = 0; r < heads * count; ++r) {
       running_.largest[r] = kNever;
       running_.sum[r] = 0.0f;
-      load_query(rows_[r], queries_ + r * width_);
     }
-    for (int64_t i = 0; i < count * value_width_; ++i) sums_[i] = 0.0f;
-    if (count <= kFewRows) {
-      for (int64_t i = count * width_; i < kFewRows * width_; ++i) queries_[i] = Input{};
-      place_queries(queries_, width_, keys_);
-    }
+    for (int64_t i = 0; i < heads * count * value_width_; ++i) sums_[i] = 0.0f;
     const int64_t last = u.chunk + u.chunk_count;
     for (int64_t c = u.chunk; c < last; ++c) {
       Found* found = next_;
@@ -127,15 +153,16 @@ class Attend {
       now_ = found;
       if (c + 1 < last) {
         look_ahead(u.seq, kv_head, c + 1);
-      } else if (next) {
-        look_ahead(next->seq, next_head, next->chunk);
+      } else if (next.unit) {
+        look_ahead(next.unit->seq, next.kv_head, next.unit->chunk);
       } else {
         next_->seq = nullptr;
         next_->keys.count = next_->values.count = 0;
       }
-      chunk(u.seq, c, count, kv_head);
+      chunk(work, c);
     }
-    for (int64_t r = 0; r < count; ++r) leave(u, r, kv_head);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t r = 0; r < count; ++r) leave(u, h * count + r, kv_head + h);
   }
 
  private:
@@ -143,6 +170,9 @@ class Attend {
   static constexpr int64_t kBlock =
       Tile::kRows >= 24 ? Tile::kRows : 24 / Tile::kRows * Tile::kRows;
   static constexpr int64_t kWeightsRow = kKeyChunk + 32;  // apart in the first-level cache
+
+  int64_t key_bytes() const { return a_.dim * kv_bytes(a_.key.type); }
+  int64_t value_bytes() const { return a_.value_dim * kv_bytes(a_.value.type); }
 
   void load_query(const RowInfo& row, Input* to) {
     const int64_t at = a_.sequences[row.seq].query + row.query * a_.q_stride_s +
@@ -197,11 +227,12 @@ class Attend {
     const Found& from = p < panels ? *now_ : *next_;
     const ChunkRows& rows = keys ? from.keys : from.values;
     const int64_t first = (p < panels ? p : p - panels) * kPanel;
-    return {rows.row + first, rows.count - first,
-            keys ? a_.dim * kv_bytes(a_.key.type) : a_.value_dim * kv_bytes(a_.value.type)};
+    return {rows.row + first, rows.count - first, keys ? key_bytes() : value_bytes()};
   }
 
-  void chunk(int64_t seq, int64_t c, int64_t count, int64_t kv_head) {
+  void chunk(const Work& work, int64_t c) {
+    const AttentionUnit& u = *work.unit;
+    const int64_t seq = u.seq, kv_head = work.kv_head, count = u.seq_count * u.row_count;
     const int64_t begin = c * kKeyChunk, end = last_seen(0, count, begin + kKeyChunk);
     if (end <= begin) return;
     if (now_->seq == &a_.sequences[seq] && now_->kv_head == kv_head && now_->begin == begin) {
@@ -210,7 +241,7 @@ class Attend {
     } else {
       find(*now_, seq, kv_head, begin, end);
     }
-    if (count <= kFewRows) return few(begin, count);
+    if (count <= kFewRows) return few(begin, count, work.heads);
     const int64_t panels = (end - begin + kPanel - 1) / kPanel;
     for (int64_t p = 0; p < panels; ++p) {
       pack_keys(a_.key.type, now_->keys, p, a_.dim, stage_, keys_ + p * kPanel * width_,
@@ -248,35 +279,46 @@ class Attend {
       }
   }
 
-  // The weights of row first + r of the unit, row r of its block.
-  void weigh(int64_t begin, int64_t first, int64_t r, const Scores& scores, Softmax to) {
-    const RowInfo& row = rows_[first + r];
-    const RowSums sums = softmax_row(a_, row, first_head_ + row.head, begin, now_->values, scores,
-                                     weights_ + r * kWeightsRow);
-    to.largest[r] = sums.largest;
-    to.sum[r] = sums.sum;
+  // The weights of row r of the unit.
+  void weigh(int64_t begin, int64_t r, const Scores& scores, Input* weights, Softmax to) {
+    const RowInfo& row = rows_[r];
+    const RowSums sums =
+        softmax_row(a_, row, first_head_ + row.head, begin, now_->values, scores, weights);
+    *to.largest = sums.largest;
+    *to.sum = sums.sum;
   }
 
-  // All rows of the unit, which are few, over the chunk as it lies.
-  void few(int64_t begin, int64_t count) {
-    typename FewRows<Tile>::Ahead ahead({&now_->keys, a_.dim * kv_bytes(a_.key.type)},
-                                        {&now_->values, a_.value_dim * kv_bytes(a_.value.type)},
-                                        next_->keys);
-    FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, now_->keys, a_.dim, width_, keys_,
-                          count, stage_, scores_, ahead);
-    alignas(64) float largest[kFewRows], sum[kFewRows], old_part[kFewRows], new_part[kFewRows];
-    const int64_t keys = round_up(now_->keys.count, kPanel);
-    for (int64_t r = 0; r < count; ++r) {
-      weigh(begin, 0, r, {scores_ + r * kPanel, kFewRows * kPanel, keys}, {largest, sum});
-      ahead.of_weights(count);
+  FewPart few_part(const ChunkRows& rows, int64_t heads, const KvSource& from, int64_t dim) const {
+    constexpr int64_t kFirstLevel = 32768;
+    const int64_t size = kv_bytes(from.type);
+    return {&rows, heads, dim * size, from.stride.head * size,
+            from.stride.token * size * kPanel > kFirstLevel};
+  }
+
+  // All rows of some heads of the unit, which are few, over the chunk as it lies.
+  void few(int64_t begin, int64_t count, int64_t heads) {
+    constexpr int64_t kMost = kMostTogether * kFewRows;
+    alignas(64) float largest[kMost], sum[kMost], old_part[kMost], new_part[kMost];
+    const FewPart keys = few_part(now_->keys, heads, a_.key, a_.dim);
+    const FewPart values = few_part(now_->values, heads, a_.value, a_.value_dim);
+    const int64_t rows = heads * count, padded = round_up(now_->keys.count, kPanel);
+    typename FewRows<Tile>::Ahead ahead(keys, values, next_->keys);
+    FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, keys, width_, keys_, count, stage_,
+                          scores_, ahead);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* scores = scores_ + r / count * kFewRows * kKeyChunk + r % count * kPanel;
+      weigh(begin, r, {scores, kFewRows * kPanel, padded}, weights_ + r * kWeightsRow,
+            {largest + r, sum + r});
+      ahead.of_weights(rows);
     }
-    join(running_, {largest, sum}, count, old_part, new_part);
-    FewRows<Tile>::values(a_.value.type, now_->values, a_.value_dim, value_width_, weights_,
-                          kWeightsRow, count, stage_, values_, products_, ahead);
-    for (int64_t d = 0; d < value_width_; d += kPanel)
-      for (int64_t r = 0; r < count; ++r)
-        join_values(sums_ + r * value_width_ + d, products_ + d * count + r * kPanel, kPanel,
-                    old_part[r], new_part[r]);
+    join(running_, {largest, sum}, rows, old_part, new_part);
+    FewRows<Tile>::values(a_.value.type, values, value_width_, weights_, kWeightsRow, count, stage_,
+                          values_, products_, ahead);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < value_width_; d += kPanel)
+        join_values(sums_ + r * value_width_ + d,
+                    products_ + r / count * count * value_width_ + d * count + r % count * kPanel,
+                    kPanel, old_part[r], new_part[r]);
   }
 
   // Rows [first, first + count) over the packed chunk.
@@ -294,7 +336,7 @@ class Attend {
     for (int64_t r = 0; r < count; ++r) {
       const Scores scores{scores_ + place.at(r, tile.rows()) * kPanel, panel_rows, keys};
       if (a_.key.scale) scores.multiply(now_->keys.scale);
-      weigh(begin, first, r, scores, {largest, sum});
+      weigh(begin, first + r, scores, weights_ + r * kWeightsRow, {largest + r, sum + r});
     }
     join({running_.largest + first, running_.sum + first}, {largest, sum}, count, old_part,
          new_part);
@@ -329,7 +371,7 @@ class Attend {
   }
 
   const AttentionArgs& a_;
-  const int64_t width_, value_width_;
+  const int64_t width_, value_width_, together_;
   int64_t scratch_, first_head_ = 0;
   Input *queries_, *keys_, *values_, *stage_, *weights_;
   float *scores_, *products_, *sums_;
@@ -368,9 +410,12 @@ int64_t attention_scratch(const AttentionArgs& a) {
 void attention(const AttentionArgs& a, int64_t begin, int64_t end) {
   with_tile(a, [&]<class Tile>() {
     Attend<Tile> attend(a, a.scratch);
-    for (int64_t i = begin; i < end; ++i)
-      attend.run(a.units[i / a.kv_heads], i % a.kv_heads,
-                 i + 1 < end ? &a.units[(i + 1) / a.kv_heads] : nullptr, (i + 1) % a.kv_heads);
+    for (auto work = attend.work(begin, end); work.unit;) {
+      begin += work.heads;
+      const auto next = attend.work(begin, end);
+      attend.run(work, next);
+      work = next;
+    }
   });
 }
 

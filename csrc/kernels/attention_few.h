@@ -9,19 +9,42 @@
 namespace lmfuse::LMFUSE_ISA {
 namespace {
 
-// The rows of a part of what is read, each of so many bytes.
-struct FetchPart {
+// The keys or values of a chunk: the rows of the first of some heads, what one row is long, and
+// how far the same row of the next head is, in bytes. Apart: the rows of a panel fall into the same
+// sets of the first-level cache.
+struct FewPart {
   const ChunkRows* rows;
-  int64_t bytes;
+  int64_t heads, bytes, head_step;
+  bool apart;
+
+  int64_t run() const { return (heads - 1) * head_step + bytes; }
 };
 
+// Heads whose rows lie beside each other at each position, as in [positions, heads, dim], are
+// computed together, up to a run of kRun bytes: head by head, such a cache gives up a line or two
+// at a stride that falls into few sets of the processor's caches. 1: as they lie, head by head.
+constexpr int64_t kMostTogether = 16;
+LMFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t heads_together(const AttentionArgs& a) {
+  constexpr int64_t kRun = 2048;
+  const auto heads = [](const KvSource& from, int64_t dim) -> int64_t {
+    if (from.scale || from.stride.head != dim || from.stride.token <= dim) return 1;
+    return kRun / (dim * kv_bytes(from.type));
+  };
+  const int64_t n = smaller(heads(a.key, a.dim), heads(a.value, a.value_dim));
+  const int64_t most = smaller(smaller(n, a.kv_heads), kMostTogether);
+  return most > 1 ? most : 1;
+}
+
 // The keys of a chunk, its values, and the first of the next keys, fetched strictly one line after
-// the other, kDistance ahead of what is read, and further while weights are computed.
+// the other, kDistance ahead of what is read, and further while weights are computed. Into the
+// second-level cache: columns of rows are read, and line buffers of the first full of what comes
+// from memory would hold them up (Zen 4: 52 % of the bandwidth so, 87 % into the second).
 class LinesAhead {
  public:
-  LinesAhead(FetchPart keys, FetchPart values, const ChunkRows& next_keys)
-      : parts_{keys, values, {&next_keys, keys.bytes}} {
-    const int64_t lead = kDistance / keys.bytes, count = keys.rows->count;
+  LinesAhead(FewPart keys, FewPart values, const ChunkRows& next_keys)
+      : rows_{keys.rows, values.rows, &next_keys}, run_{keys.run(), values.run(), keys.run()} {
+    const int64_t lead = kPanel + kDistance / run_[0], count = keys.rows->count;
     row_ = keys.rows->row + (lead < count ? lead : count);
     last_ = keys.rows->row + count;
   }
@@ -30,82 +53,101 @@ class LinesAhead {
   LMFUSE_INLINE void fetch() {
     if (end_ - at_ < N * 64) return fetch(N);
 #pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) __builtin_prefetch(at_ + i * 64, 0, kLocality);
+    for (int i = 0; i < N; ++i) __builtin_prefetch(at_ + i * 64, 0, 2);
     at_ += N * 64;
   }
   __attribute__((noinline)) void fetch(int64_t lines) {
-    for (; lines > 0; --lines, at_ += 64) {
+    while (lines > 0) {
       if (at_ >= end_ && !find_run()) return;
-      __builtin_prefetch(at_, 0, kLocality);
+      const char* stop = at_ + smaller(lines * 64, (end_ - at_ + 63) / 64 * 64);
+      lines -= (stop - at_) / 64;
+      for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
     }
   }
-  // While the weights of one row of count are computed. Values follow at once, so the last panel of
-  // them fetches nothing.
-  void of_weights(int64_t count) {
-    const FetchPart& values = parts_[1];
-    fetch(kPanel * values.bytes / 64 / count);
-  }
+  // While the weights of one row of count, all heads together, are computed. Values follow at once,
+  // so the last panel of them fetches nothing.
+  void of_weights(int64_t count) { fetch(kPanel * run_[1] / 64 / count); }
 
  private:
-  static constexpr int64_t kDistance = 8192;
+  static constexpr int64_t kDistance = 16384;
 
   // Rows that lie one after the other.
   bool find_run() {
     while (row_ == last_) {
       at_ = end_ = nullptr;
       if (part_ == 2) return false;
-      const ChunkRows& next = *parts_[++part_].rows;
+      const ChunkRows& next = *rows_[++part_];
       row_ = next.row;
       last_ = row_ + next.count;
     }
-    const int64_t bytes = parts_[part_].bytes;
+    const int64_t bytes = run_[part_];
     at_ = *row_++;
     end_ = at_ + bytes;
     for (; row_ != last_ && *row_ == end_; ++row_) end_ += bytes;
     return true;
   }
 
-  FetchPart parts_[3];
+  const ChunkRows* rows_[3];
+  int64_t run_[3];
   int64_t part_ = 0;
   const char *const *row_, *const *last_;
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
-// The rows of a panel of keys or values, which begin at get()[r]: as they lie, or widened to Input.
+// The rows of a panel of keys or values of one head: as they lie, or widened to Input.
 template <class Input>
 class PanelRows {
  public:
+  // Where row r begins: at row[r] + offset.
+  const char* const* row;
+  int64_t offset;
+
   // Of positions [first, first + kPanel). Those beyond count are rows of zeros, for which there is
   // room in stage, as for kPanel rows.
-  void find(const ChunkRows& rows, int64_t first, int64_t width, Input* stage) {
-    const int64_t left = rows.count - first;
-    at_ = rows.row + first;
+  void find(const FewPart& part, int64_t first, int64_t head, int64_t width, Input* stage) {
+    const int64_t left = part.rows->count - first;
+    row = part.rows->row + first;
+    offset = head * part.head_step;
     if (left >= kPanel) return;
     for (int64_t i = 0; i < width; ++i) stage[i] = Input{};
     for (int64_t r = 0; r < kPanel; ++r)
-      own_[r] = r < left ? at_[r] : reinterpret_cast<const char*>(stage);
-    at_ = own_;
+      own_[r] = r < left ? row[r] + offset : reinterpret_cast<const char*>(stage);
+    row = own_;
+    offset = 0;
+  }
+  // The same, of whole vectors: by way of stage where rows are apart, whose columns would be read
+  // from the second-level cache again and again (Zen 4: 58 not 46 % of the bandwidth).
+  void gather(const FewPart& part, int64_t first, int64_t head, int64_t width, Input* stage) {
+    find(part, first, head, width, stage);
+    if (!part.apart || part.rows->count - first < kPanel) return;
+    for (int64_t r = 0; r < kPanel; ++r) {
+      char* to = reinterpret_cast<char*>(stage) + r * part.bytes;
+      for (int64_t i = 0; i < part.bytes; i += kLanes * 4)
+        store_words(to + i, load_words(row[r] + offset + i));
+      own_[r] = to;
+    }
+    row = own_;
+    offset = 0;
   }
   // The same by way of stage.
-  void widen(KvType type, const ChunkRows& rows, int64_t first, int64_t dim, int64_t width,
+  void widen(KvType type, const FewPart& part, int64_t first, int64_t head, int64_t width,
              Input* stage, int64_t lines, LinesAhead& ahead) {
-    const int64_t left = rows.count - first;
+    const int64_t left = part.rows->count - first, dim = part.bytes / kv_bytes(type);
     for (int64_t r = 0; r < kPanel; ++r) {
       Input* to = stage + r * width;
       own_[r] = reinterpret_cast<const char*>(to);
       if (r < left) {
-        widen_row(type, rows.row[first + r], dim, width, to);
+        widen_row(type, part.rows->row[first + r] + head * part.head_step, dim, width, to);
         ahead.fetch(lines);
       } else {
         for (int64_t i = 0; i < width; ++i) to[i] = Input{};
       }
     }
-    at_ = own_;
+    row = own_;
+    offset = 0;
   }
-  const char* const* get() const { return at_; }
 
  private:
-  const char* const* at_;
   const char* own_[kPanel];
 };
 
@@ -203,6 +245,15 @@ LMFUSE_INLINE void add_words(const bf16_t* queries, const Vec (&v)[kGroups][kTur
   }
 }
 
+// Values of bf16 are zipped within quarters, one step, not two on Zen 4 and three on Intel. So
+// sums are in order only once the last panel is added.
+LMFUSE_INLINE void zip_columns(const bf16_t* a, const bf16_t* b, Vec& first, Vec& second) {
+  zip_quarters(a, b, first, second);
+}
+LMFUSE_INLINE void zip_columns(const i8_t* a, const i8_t* b, Vec& first, Vec& second) {
+  zip(a, b, first, second);
+}
+
 // If the number of keys is odd, a row of zeros follows.
 template <class Stored, int R, int V, class F>
 LMFUSE_INLINE void add_values(const bf16_t* weights, int64_t weights_row, const char* const* row,
@@ -213,7 +264,7 @@ LMFUSE_INLINE void add_values(const bf16_t* weights, int64_t weights_row, const 
     const auto* b = reinterpret_cast<const Stored*>(row[k + 1] + offset);
     Vec v[V];
 #pragma GCC unroll 4
-    for (int i = 0; i < V; i += 2) zip(a + i * kLanes, b + i * kLanes, v[i], v[i + 1]);
+    for (int i = 0; i < V; i += 2) zip_columns(a + i * kLanes, b + i * kLanes, v[i], v[i + 1]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec w = broadcast_pair(weights + r * weights_row + k);
@@ -224,6 +275,11 @@ LMFUSE_INLINE void add_values(const bf16_t* weights, int64_t weights_row, const 
 }
 #endif
 
+// A panel of values in its chunk.
+struct PanelOf {
+  bool first, last, fetches;
+};
+
 // The products of at most kRows rows.
 template <class Tile>
 class FewRows {
@@ -232,59 +288,65 @@ class FewRows {
   using Ahead = LinesAhead;
   static constexpr int64_t kRows = kFewRows;
 
-  // scores[panel][kRows][kPanel] of `count` queries. stage: kPanel rows of width elements.
-  static void scores(KvType type, bool scaled, const ChunkRows& keys, int64_t dim, int64_t width,
+  // scores[head][kKeyChunk / kPanel][kRows][kPanel] of `count` queries of each head, which lie
+  // [head][words][kRows]. stage: kPanel rows of width elements.
+  static void scores(KvType type, bool scaled, const FewPart& keys, int64_t width,
                      const Input* queries, int64_t count, Input* stage, float* scores,
                      LinesAhead& ahead) {
-    with_words(type, dim, width, [&](auto word, auto direct) {
+    with_words(type, keys.bytes, width, [&](auto word, auto direct) {
       using Word = decltype(word);
       constexpr int64_t kElements = 4 / sizeof(Word);
       PanelRows<Input> rows;
-      for (int64_t first = 0; first < keys.count; first += kPanel, scores += kRows * kPanel) {
-        if constexpr (decltype(direct)::value) {
-          rows.find(keys, first, width, stage);
-        } else {
-          rows.widen(type, keys, first, dim, width, stage, lines_of(type, dim), ahead);
+      for (int64_t first = 0; first < keys.rows->count; first += kPanel)
+        for (int64_t h = 0; h < keys.heads; ++h) {
+          if constexpr (decltype(direct)::value) {
+            rows.gather(keys, first, h, width, stage);
+          } else {
+            rows.widen(type, keys, first, h, width, stage, lines_of(keys.bytes), ahead);
+          }
+          if constexpr (kTurnsScores && sizeof(Word) == 2 && decltype(direct)::value) {
+            if (count > 2 * kBlock) {
+              score_rows(rows, width / kElements, queries + h * kRows * width, count,
+                         scores + kRows * (h * kKeyChunk + first), ahead);
+              continue;
+            }
+          }
+          by_blocks(count, [&](int64_t r, auto block) {
+            score<Word, decltype(block)::value>(
+                rows, width / kElements, queries + h * kRows * width + r * (4 / sizeof(Input)),
+                scaled ? keys.rows->scale + first : nullptr,
+                scores + kRows * (h * kKeyChunk + first) + r * kPanel, direct.value && r == 0,
+                ahead);
+          });
         }
-        by_blocks(count, [&](int64_t r, auto block) {
-          score<Word, decltype(block)::value>(rows.get(), width / kElements,
-                                              queries + r * (4 / sizeof(Input)),
-                                              scaled ? keys.scale + first : nullptr,
-                                              scores + r * kPanel, direct.value && r == 0, ahead);
-        });
-      }
     });
   }
 
-  // products[panel][count][kPanel] = weights v, a panel for each kPanel columns of v.
-  static void values(KvType type, const ChunkRows& values, int64_t dim, int64_t width,
-                     const Input* weights, int64_t weights_row, int64_t count, Input* stage, Input*,
-                     float* products, LinesAhead& ahead) {
-    constexpr int64_t kOnePass = 4 * kLanes;  // columns
-    with_words(type, dim, width, [&](auto stored, auto direct) {
+  // products[head][panel][count][kPanel] = weights v, a panel for each kPanel columns of v.
+  // weights: [head][count] rows.
+  static void values(KvType type, const FewPart& values, int64_t width, const Input* weights,
+                     int64_t weights_row, int64_t count, Input* stage, Input*, float* products,
+                     LinesAhead& ahead) {
+    with_words(type, values.bytes, width, [&](auto stored, auto direct) {
       using Stored = decltype(stored);
       PanelRows<Input> rows;
-      for (int64_t first = 0; first < values.count; first += kPanel) {
-        const int64_t left = values.count - first, keys = left < kPanel ? left : kPanel;
+      for (int64_t first = 0; first < values.rows->count; first += kPanel) {
+        const int64_t left = values.rows->count - first, keys = smaller(left, kPanel);
         const bool last = left <= kPanel;
-        if constexpr (decltype(direct)::value) {
-          rows.find(values, first, width, stage);
-        } else {
-          rows.widen(type, values, first, dim, width, stage, last ? 0 : lines_of(type, dim), ahead);
+        for (int64_t h = 0; h < values.heads; ++h) {
+          if constexpr (decltype(direct)::value) {
+            rows.find(values, first, h, width, stage);
+          } else {
+            rows.widen(type, values, first, h, width, stage, last ? 0 : lines_of(values.bytes),
+                       ahead);
+          }
+          by_blocks(count, [&](int64_t r, auto block) {
+            weigh_columns<Stored, decltype(block)::value>(
+                rows, keys, width, weights + (h * count + r) * weights_row + first, weights_row,
+                {first == 0, last, direct.value && r == 0 && !last},
+                products + h * width * count + r * kPanel, count * kPanel, ahead);
+          });
         }
-        by_blocks(count, [&](int64_t r, auto block) {
-          constexpr int R = decltype(block)::value;
-          const Input* w = weights + r * weights_row + first;
-          float* to = products + r * kPanel;
-          int64_t d = 0;
-          const bool fetches = direct.value && r == 0 && !last;
-          for (; d + kOnePass <= width; d += kOnePass)
-            weigh<Stored, R, 4>(rows.get(), d, keys, w, weights_row, first > 0, to + d * count,
-                                count * kPanel, fetches, ahead);
-          if (d < width)
-            weigh<Stored, R, kPanel / kLanes>(rows.get(), d, keys, w, weights_row, first > 0,
-                                              to + d * count, count * kPanel, fetches, ahead);
-        });
       }
     });
   }
@@ -294,7 +356,7 @@ class FewRows {
   // added from, in 32 registers (16).
   static constexpr int64_t kBlock = kLanes == 16 ? 6 : 3;
 
-  static int64_t lines_of(KvType type, int64_t dim) { return (dim * kv_bytes(type) + 63) / 64; }
+  static int64_t lines_of(int64_t bytes) { return (bytes + 63) / 64; }
 
   // f(first row, its number) for blocks of about equal height.
   template <class F>
@@ -307,7 +369,8 @@ class FewRows {
   // f(type of the elements in a word, whether rows can be read as they lie): where they fill whole
   // vectors.
   template <class F>
-  LMFUSE_INLINE static void with_words(KvType type, int64_t dim, int64_t width, F f) {
+  LMFUSE_INLINE static void with_words(KvType type, int64_t bytes, int64_t width, F f) {
+    const int64_t dim = bytes / kv_bytes(type);
     if (dim == width && dim % (2 * kLanes) == 0) {
       if (type == KvType::bf16) return f(bf16_t{}, Flag<true>{});
       if constexpr (sizeof(Input) == 4) {
@@ -320,7 +383,7 @@ class FewRows {
   }
 
   template <class Word, int R>
-  __attribute__((noinline)) static void score(const char* const* row, int64_t words,
+  __attribute__((noinline)) static void score(const PanelRows<Input>& rows, int64_t words,
                                               const Input* queries, const float* scale, float* to,
                                               bool fetches, LinesAhead& ahead) {
     for (int64_t k = 0; k < kPanel; k += kGroups * kLanes) {
@@ -332,7 +395,8 @@ class FewRows {
       for (int64_t i = 0; i < words; i += kTurned) {
         Vec v[kGroups][kTurned];
 #pragma GCC unroll 2
-        for (int g = 0; g < kGroups; ++g) load_turned(row + k + g * kLanes, 4 * i, v[g]);
+        for (int g = 0; g < kGroups; ++g)
+          load_turned(rows.row + k + g * kLanes, rows.offset + 4 * i, v[g]);
         add_words<Word>(queries + i * kFewRows * (4 / sizeof(Word)), v, sum);
         if (fetches) ahead.fetch<kGroups * kLanes * kTurned * 4 / 64>();
       }
@@ -346,12 +410,71 @@ class FewRows {
     }
   }
 
+#if defined(__AVX512BF16__)
+  // The same for up to kRows rows, with rows in lanes: keys need not change rows for lanes, scores
+  // do (Zen 4, 16 rows: 2.5 times as fast as three blocks).
+  static constexpr bool kTurnsScores = sizeof(Input) == 2;
+  __attribute__((noinline)) static void score_rows(const PanelRows<Input>& rows, int64_t words,
+                                                   const Input* queries, int64_t count, float* to,
+                                                   LinesAhead& ahead) {
+    constexpr int64_t kKeys = 8;  // chains, as many as there are registers for where they begin
+    const int64_t row_lines = words * 4 / 64;
+    for (int64_t k0 = 0; k0 < kPanel; k0 += kLanes) {
+      alignas(64) float turned[kLanes * kLanes];
+      for (int64_t k = 0; k < kLanes; k += kKeys) {
+        const char* key[kKeys];
+        Vec sum[kKeys];
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kKeys; ++i) {
+          key[i] = rows.row[k0 + k + i] + rows.offset;
+          sum[i] = broadcast(0.0f);
+        }
+        for (int64_t w = 0; w < words; ++w) {
+          const Vec q = load(reinterpret_cast<const float*>(queries) + w * kRows);
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < kKeys; ++i)
+            sum[i] = dot_pairs(q, broadcast_pair(reinterpret_cast<const bf16_t*>(key[i]) + 2 * w),
+                               sum[i]);
+        }
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kKeys; ++i) store(turned + (k + i) * kLanes, sum[i]);
+        ahead.fetch(kKeys * row_lines);
+      }
+      Vec v[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) v[i] = load(turned + i * kLanes);
+      transpose(v);
+      for (int64_t r = 0; r < kLanes && r < count; ++r) store(to + r * kPanel + k0, v[r]);
+    }
+  }
+#else
+  static constexpr bool kTurnsScores = false;
+#endif
+
   // `to`: sums of kPanel columns of each row, the next columns next_columns further.
+  template <class Stored, int R>
+  LMFUSE_INLINE static void weigh_columns(const PanelRows<Input>& rows, int64_t keys, int64_t width,
+                                          const Input* weights, int64_t weights_row, PanelOf panel,
+                                          float* to, int64_t next_columns, LinesAhead& ahead) {
+    constexpr int kMost = 4, kLeast = kPanel / kLanes;  // vectors
+    int64_t d = 0;
+    const auto columns = [&](auto v) LMFUSE_LAMBDA {
+      constexpr int V = decltype(v)::value;
+      weigh<Stored, R, V>(rows.row, rows.offset + d * static_cast<int64_t>(sizeof(Stored)), keys,
+                          weights, weights_row, panel, to + d / kPanel * next_columns, next_columns,
+                          ahead);
+      d += V * kLanes;
+    };
+    while (d + kMost * kLanes <= width) columns(Count<kMost>{});
+    if (d < width) columns(Count<kLeast>{});
+  }
+  // Of V vectors of columns, which are `offset` into each row.
   template <class Stored, int R, int V>
-  __attribute__((noinline)) static void weigh(const char* const* row, int64_t column, int64_t keys,
+  __attribute__((noinline)) static void weigh(const char* const* row, int64_t offset, int64_t keys,
                                               const Input* weights, int64_t weights_row,
-                                              bool resume, float* to, int64_t next_columns,
-                                              bool fetches, LinesAhead& ahead) {
+                                              PanelOf panel, float* to, int64_t next_columns,
+                                              LinesAhead& ahead) {
+    constexpr bool kQuarters = sizeof(Input) == 2 && sizeof(Stored) == 2;
     constexpr int kInPanel = kPanel / kLanes;
     const auto at = [&](int r, int i) LMFUSE_LAMBDA {
       return to + i / kInPanel * next_columns + r * kPanel + i % kInPanel * kLanes;
@@ -360,11 +483,16 @@ class FewRows {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) sum[r][i] = resume ? load(at(r, i)) : broadcast(0.0f);
-    add_values<Stored>(weights, weights_row, row, column * static_cast<int64_t>(sizeof(Stored)),
-                       keys, sum, [&](auto lines) LMFUSE_LAMBDA {
-                         if (fetches) ahead.fetch<decltype(lines)::value>();
-                       });
+      for (int i = 0; i < V; ++i) sum[r][i] = panel.first ? broadcast(0.0f) : load(at(r, i));
+    add_values<Stored>(weights, weights_row, row, offset, keys, sum, [&](auto lines) LMFUSE_LAMBDA {
+      if (panel.fetches) ahead.fetch<decltype(lines)::value>();
+    });
+    if constexpr (kQuarters)
+      if (panel.last)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int i = 0; i < V; i += 2) order_quarters(sum[r][i], sum[r][i + 1]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

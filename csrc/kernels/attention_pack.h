@@ -52,6 +52,12 @@ inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const 
   const float* scale =
       from.scale ? from.scale + scale_first + head * from.scale_stride.head : nullptr;
   rows.count = end - begin;
+  if (a.block == 1 && !scale) {  // indirect
+    for (int64_t p = begin; p < end; ++p)
+      rows.row[p - begin] =
+          base + s.table[p] * from.stride.block * size + (a.absolute ? p * step : 0);
+    return;
+  }
   int64_t i = 0, block = begin / a.block, in_block = begin - block * a.block;
   for (int64_t p = begin; p < end; ++block, in_block = 0) {
     const int64_t rest = a.block - in_block, stop = rest < end - p ? p + rest : end;

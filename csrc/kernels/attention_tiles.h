@@ -17,35 +17,39 @@ namespace {
 // weights, for which the keys leave an eighth.
 class FetchAhead {
  public:
-  FetchAhead(FetchPart keys, FetchPart values, const ChunkRows& next_keys)
-      : parts_{keys, values, {&next_keys, keys.bytes}} {
-    const int64_t lead = kDistance / keys.bytes + kOfWeights;  // fetched with the chunk before
+  FetchAhead(FewPart keys, FewPart values, const ChunkRows& next_keys)
+      : rows_{keys.rows, values.rows, &next_keys},
+        run_{keys.run(), values.run(), keys.run()},
+        heads_(keys.heads) {
+    const int64_t lead = (heads_ > 1 ? kPanel : 0) + kDistance / run_[0] +
+                         kOfWeights;  // fetched with the chunk before
     const int64_t count = keys.rows->count;
     row_ = keys.rows->row + (lead < count ? lead : count);
     end_ = keys.rows->row + count;
   }
 
-  void of_weights(int64_t count) { step(kOfWeights * kOne / count); }
-  // Once `rows` rows, in units of 1 / kOne, are read.
+  // While the weights of one row of count, all heads together, are computed.
+  void of_weights(int64_t count) { step(kOfWeights * kOne * heads_ / count); }
+  // Once `rows` rows of a head, in units of 1 / kOne, are read.
   static constexpr int64_t kOne = 64, kOfKeys = kOne * 7 / 8;
   static constexpr int64_t kOfWeights = kKeyChunk / 8;  // rows
   LMFUSE_INLINE void step(int64_t rows) {
-    for (credit_ += rows; credit_ >= kOne; credit_ -= kOne) {
+    for (credit_ += rows; credit_ >= kOne * heads_; credit_ -= kOne * heads_) {
       while (row_ == end_) {
         if (part_ == 2) return;
-        const ChunkRows& next = *parts_[++part_].rows;
+        const ChunkRows& next = *rows_[++part_];
         row_ = next.row;
         end_ = row_ + next.count;
       }
-      for (int64_t i = 0; i < parts_[part_].bytes; i += 64)
-        __builtin_prefetch(*row_ + i, 0, kLocality);
+      for (int64_t i = 0; i < run_[part_]; i += 64) __builtin_prefetch(*row_ + i, 0, kLocality);
       ++row_;
     }
   }
 
  private:
   static constexpr int64_t kDistance = 8192;
-  FetchPart parts_[3];
+  const ChunkRows* rows_[3];
+  int64_t run_[3], heads_;
   int64_t part_ = 0, credit_ = 0;
   const char *const *row_, *const *end_;
 };
@@ -59,18 +63,19 @@ struct TileSource {
 
 // The keys [first, first + 16), from their place if that is regular, else by way of stage, which
 // beyond their number holds what it held: scores of no key, to be hidden.
-inline TileSource key_rows(KvType type, const ChunkRows& rows, int64_t first, int64_t dim,
+inline TileSource key_rows(KvType type, const FewPart& keys, int64_t first, int64_t head,
                            int64_t width, bf16_t* stage, FetchAhead& ahead) {
-  const char* const* row = rows.row + first;
-  const int64_t left = rows.count - first, count = left < kTileRows ? left : kTileRows;
+  const char* const* row = keys.rows->row + first;
+  const int64_t offset = head * keys.head_step, dim = keys.bytes / kv_bytes(type);
+  const int64_t left = keys.rows->count - first, count = left < kTileRows ? left : kTileRows;
   if (as_it_lies<bf16_t>(type, dim, width) && count == kTileRows) {
     const int64_t stride = row[1] - row[0];
     bool regular = true;
     for (int64_t r = 2; r < kTileRows; ++r) regular &= row[r] - row[r - 1] == stride;
-    if (regular) return {reinterpret_cast<const bf16_t*>(row[0]), stride, kTileRows};
+    if (regular) return {reinterpret_cast<const bf16_t*>(row[0] + offset), stride, kTileRows};
   }
   for (int64_t r = 0; r < count; ++r) {
-    widen_row(type, row[r], dim, width, stage + r * width);
+    widen_row(type, row[r] + offset, dim, width, stage + r * width);
     ahead.step(FetchAhead::kOfKeys);
   }
   return {stage, width * static_cast<int64_t>(sizeof(bf16_t)), 0};
@@ -97,12 +102,14 @@ LMFUSE_INLINE void zip_rows(const T* a, const T* b, int64_t width, bf16_t* to) {
     zip(a + d, b + d, to + d / kPanel * kZipKeys * kPanel + 2 * (d % kPanel));
 }
 
-// Values [first, first + keys); stage: two rows of width elements.
-inline void zip_values(KvType type, const ChunkRows& rows, int64_t first, int64_t keys, int64_t dim,
-                       int64_t width, bf16_t* stage, bf16_t* to, FetchAhead& ahead) {
+// Values [first, first + keys) of one head; stage: two rows of width elements.
+inline void zip_values(KvType type, const FewPart& values, int64_t first, int64_t head,
+                       int64_t keys, int64_t width, bf16_t* stage, bf16_t* to, FetchAhead& ahead) {
+  const int64_t offset = head * values.head_step, dim = values.bytes / kv_bytes(type);
   for (int64_t k = 0; k < keys; k += 2, to += 2 * kPanel) {
-    const char* const* row = rows.row + first + k;
-    const int64_t left = rows.count - first - k;
+    const int64_t left = values.rows->count - first - k;
+    const char* row[2] = {};
+    for (int64_t j = 0; j < 2 && j < left; ++j) row[j] = values.rows->row[first + k + j] + offset;
     ahead.step(2 * FetchAhead::kOne);
     if (dim == width && left > 1 && (type == KvType::bf16 || type == KvType::i8)) {
       if (type == KvType::bf16) {
@@ -130,64 +137,79 @@ struct FewRows<AmxTile> {
   static constexpr int64_t kRows = kTileRows;
   static_assert(kRows == kFewRows);
 
-  // scores[panel][kRows][kPanel] of `count` packed queries. stage: kPanel rows of width elements.
-  static void scores(KvType type, bool scaled, const ChunkRows& keys, int64_t dim, int64_t width,
+  static void scores(KvType type, bool scaled, const FewPart& keys, int64_t width,
                      const bf16_t* queries, int64_t count, bf16_t* stage, float* scores,
                      FetchAhead& ahead) {
-    constexpr int64_t kRow = kTileRows * sizeof(float);
-    alignas(64) float acc[kPanel * kTileRows];
     Tiles tiles;
-    for (int64_t first = 0; first < keys.count; first += kPanel) {
-      const TileSource low = key_rows(type, keys, first, dim, width, stage, ahead);
-      const TileSource high =
-          key_rows(type, keys, first + kTileRows, dim, width, stage + kTileRows * width, ahead);
-      const int64_t step = (low.unread + high.unread) * FetchAhead::kOfKeys * kDotStep / width;
-      tiles.zero<0>();
-      tiles.zero<1>();
-      for (int64_t i = 0; i < width; i += kDotStep) {
-        tiles.load<6>(queries + i * kTileRows, kRow);
-        tiles.load<4>(low.first + i, low.stride);
-        tiles.dot_bf16<0, 4, 6>();
-        tiles.load<5>(high.first + i, high.stride);
-        tiles.dot_bf16<1, 5, 6>();
-        ahead.step(step);
-      }
-      tiles.store<0>(acc, kRow);
-      tiles.store<1>(acc + kTileRows * kTileRows, kRow);
-      turn_scores(acc, count, scaled ? keys.scale + first : nullptr, scores + first * kRows);
-    }
+    for (int64_t first = 0; first < keys.rows->count; first += kPanel)
+      for (int64_t h = 0; h < keys.heads; ++h)
+        score(tiles, type, keys, first, h, width, queries + h * kRows * width, count, stage,
+              scaled ? keys.rows->scale + first : nullptr, scores + kRows * (h * kKeyChunk + first),
+              ahead);
   }
 
-  // products[panel][count][kPanel] = weights v, a panel for each kPanel columns of v.
-  static void values(KvType type, const ChunkRows& values, int64_t dim, int64_t width,
-                     const bf16_t* weights, int64_t weights_row, int64_t count, bf16_t* stage,
-                     bf16_t* zipped, float* products, FetchAhead& ahead) {
-    constexpr int64_t kRow = kPanel * sizeof(float);
+  static void values(KvType type, const FewPart& values, int64_t width, const bf16_t* weights,
+                     int64_t weights_row, int64_t count, bf16_t* stage, bf16_t* zipped,
+                     float* products, FetchAhead& ahead) {
     Tiles tiles(static_cast<int>(count));
-    for (int64_t first = 0; first < values.count; first += kZipKeys) {
-      const int64_t left = round_up(values.count - first, kDotStep);
-      const int64_t keys = left < kZipKeys ? left : kZipKeys;
-      zip_values(type, values, first, keys, dim, width, stage, zipped, ahead);
-      for (int64_t p = 0; p < width / kPanel; ++p) {
-        float* to = products + p * count * kPanel;
-        if (first) {
-          tiles.load<0>(to, kRow);
-          tiles.load<1>(to + kPanel / 2, kRow);
-        } else {
-          tiles.zero<0>();
-          tiles.zero<1>();
-        }
-        for (int64_t k = 0; k < keys; k += kDotStep) {
-          const bf16_t* b = zipped + (p * kZipKeys + k) * kPanel;
-          tiles.load<4>(weights + first + k, weights_row * static_cast<int64_t>(sizeof(bf16_t)));
-          tiles.load<6>(b, kRow);
-          tiles.dot_bf16<0, 4, 6>();
-          tiles.load<7>(b + kPanel, kRow);
-          tiles.dot_bf16<1, 4, 7>();
-        }
-        tiles.store<0>(to, kRow);
-        tiles.store<1>(to + kPanel / 2, kRow);
+    for (int64_t first = 0; first < values.rows->count; first += kZipKeys)
+      for (int64_t h = 0; h < values.heads; ++h) {
+        const int64_t keys = smaller(round_up(values.rows->count - first, kDotStep), kZipKeys);
+        zip_values(type, values, first, h, keys, width, stage, zipped, ahead);
+        weigh(tiles, zipped, keys, width, weights + h * count * weights_row + first, weights_row,
+              count, first > 0, products + h * width * count);
       }
+  }
+
+ private:
+  static void score(Tiles& tiles, KvType type, const FewPart& keys, int64_t first, int64_t head,
+                    int64_t width, const bf16_t* queries, int64_t count, bf16_t* stage,
+                    const float* scale, float* to, FetchAhead& ahead) {
+    constexpr int64_t kRow = kTileRows * sizeof(float);
+    alignas(64) float acc[kPanel * kTileRows];
+    const TileSource low = key_rows(type, keys, first, head, width, stage, ahead);
+    const TileSource high =
+        key_rows(type, keys, first + kTileRows, head, width, stage + kTileRows * width, ahead);
+    const int64_t step = (low.unread + high.unread) * FetchAhead::kOfKeys * kDotStep / width;
+    tiles.zero<0>();
+    tiles.zero<1>();
+    for (int64_t i = 0; i < width; i += kDotStep) {
+      tiles.load<6>(queries + i * kTileRows, kRow);
+      tiles.load<4>(low.first + i, low.stride);
+      tiles.dot_bf16<0, 4, 6>();
+      tiles.load<5>(high.first + i, high.stride);
+      tiles.dot_bf16<1, 5, 6>();
+      ahead.step(step);
+    }
+    tiles.store<0>(acc, kRow);
+    tiles.store<1>(acc + kTileRows * kTileRows, kRow);
+    turn_scores(acc, count, scale, to);
+  }
+
+  // products[panel][count][kPanel] of the zipped values of one head.
+  static void weigh(Tiles& tiles, const bf16_t* zipped, int64_t keys, int64_t width,
+                    const bf16_t* weights, int64_t weights_row, int64_t count, bool resume,
+                    float* products) {
+    constexpr int64_t kRow = kPanel * sizeof(float);
+    for (int64_t p = 0; p < width / kPanel; ++p) {
+      float* to = products + p * count * kPanel;
+      if (resume) {
+        tiles.load<0>(to, kRow);
+        tiles.load<1>(to + kPanel / 2, kRow);
+      } else {
+        tiles.zero<0>();
+        tiles.zero<1>();
+      }
+      for (int64_t k = 0; k < keys; k += kDotStep) {
+        const bf16_t* b = zipped + (p * kZipKeys + k) * kPanel;
+        tiles.load<4>(weights + k, weights_row * static_cast<int64_t>(sizeof(bf16_t)));
+        tiles.load<6>(b, kRow);
+        tiles.dot_bf16<0, 4, 6>();
+        tiles.load<7>(b + kPanel, kRow);
+        tiles.dot_bf16<1, 4, 7>();
+      }
+      tiles.store<0>(to, kRow);
+      tiles.store<1>(to + kPanel / 2, kRow);
     }
   }
 };

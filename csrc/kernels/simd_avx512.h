@@ -219,6 +219,22 @@ LMFUSE_INLINE void zip(const bf16_t* a, const bf16_t* b, Vec& first, Vec& second
   second = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(x, high, y))};
 }
 
+// The same within quarters, by unpacking alone: of columns 8 q to 8 q + 7 the first half to quarter
+// q of `first`, the other to that of `second`. order_quarters brings sums of such columns into
+// order.
+LMFUSE_INLINE void zip_quarters(const bf16_t* a, const bf16_t* b, Vec& first, Vec& second) {
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  first = {_mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y))};
+  second = {_mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y))};
+}
+LMFUSE_INLINE void order_quarters(Vec& first, Vec& second) {
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 x = first.v, y = second.v;
+  first = {_mm512_permutex2var_ps(x, low, y)};
+  second = {_mm512_permutex2var_ps(x, high, y)};
+}
+
 // fp8 by way of fp16: e5m2 is its upper byte; e4m3, but for NaN, has an exponent 8 lower there.
 LMFUSE_INLINE Vec widen(__m128i bytes, i8_t) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};

@@ -263,7 +263,7 @@ def _outside(model: Any, ids: Tensor, case: ModelCase, new: int = 12) -> float:
 
     with profiled() as seen:
         _generate(model, ids, case, 1 + new, logits_processor=LogitsProcessorList([Mark()]))
-    events = [(e.name, e.time_range.start, e.time_range.end) for e in seen.events()]
+    events = [(e.name, e.time_range.start, e.time_range.end) for e in seen.events()]  # type: ignore[no-untyped-call]
     marks = sorted(start for name, start, _ in events if name == _MARK)
     begin, end = marks[0], marks[-1]
     ops: float = sum(

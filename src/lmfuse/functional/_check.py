@@ -97,6 +97,19 @@ def integers(name: str, x: object, dtypes: tuple[dtype, ...] = (int32, int64)) -
         raise ValueError(f"{name} is on {x.device}, but lmfuse computes on the CPU")
 
 
+def held(name: str, x: object, dtypes: tuple[dtype, ...] = ()) -> Tensor:
+    """`x`, if it is a dense tensor with data, and of one of these dtypes if any are given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
+    dense(name, x)
+    if x.is_complex() or x.is_quantized or (dtypes and x.dtype not in dtypes):
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes) or "real"
+        raise TypeError(f"{name} is {x.dtype}, but must be {names}")
+    if x.is_meta:
+        raise ValueError(f"{name} is on meta, without data")
+    return x
+
+
 def writable(name: str, x: Tensor) -> None:
     """Raises unless an op can write `x` in place: as `apart`, and its rows contiguous."""
     apart(name, x)

@@ -172,7 +172,7 @@ def quantized_format(packed: Tensor) -> QuantizedFormat:
         TypeError, ValueError: not the bytes of a quantized weight.
     """
     _check_bytes("packed", packed)
-    _has_data("packed", packed)
+    _check.held("packed", packed)
     n, k, columns, group, kind, zero, scale, ordered = call(_header, packed).tolist()
     return QuantizedFormat(
         KINDS[kind], n, k, group or -1, _DTYPES[scale], _ZEROS[zero], bool(ordered), columns
@@ -274,12 +274,6 @@ def _check_codes(kind: str, codes: Tensor) -> None:
         raise ValueError("codes has NaN")
 
 
-def _has_data(name: str, x: Tensor) -> None:
-    dense(name, x)
-    if x.is_meta:
-        raise ValueError(f"{name} is on meta, without data")
-
-
 def _group_count(columns: int, group_size: int) -> int:
     if group_size == -1:
         return 1
@@ -297,9 +291,7 @@ def _group_count(columns: int, group_size: int) -> int:
 
 def _per_group(name: str, x: Tensor, n: int, groups: int) -> Tensor:
     """`x` as [n, groups] in float32, checked."""
-    if not isinstance(x, Tensor) or x.is_complex() or x.is_quantized:
-        raise TypeError(f"{name} must be a real torch.Tensor")
-    _has_data(name, x)
+    _check.held(name, x)
     shape = tuple(x.shape)
     if shape != (n, groups) and not (groups == 1 and shape == (n,)):
         raise ValueError(f"{name} has shape {shape}, but must have ({n}, {groups})")
@@ -314,9 +306,7 @@ def _order(g_idx: Tensor, k: int, group_size: int) -> Tensor:
     the columns in order."""
     if group_size == -1:
         raise ValueError("g_idx is given, but with group_size -1 there is one group")
-    if not isinstance(g_idx, Tensor) or g_idx.dtype not in (torch.int32, torch.int64):
-        raise TypeError("g_idx must be a torch.Tensor of int32 or int64")
-    _has_data("g_idx", g_idx)
+    _check.held("g_idx", g_idx, (torch.int32, torch.int64))
     if tuple(g_idx.shape) != (k,):
         raise ValueError(f"g_idx has shape {tuple(g_idx.shape)}, but must have ({k},)")
     groups = _group_count(k, group_size)

@@ -96,7 +96,9 @@ CALLS: dict[str, Call] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_tensors(call: str) -> None:
     with torch.no_grad():
-        check_tensors(CALLS[call], HOSTILE, also=("weight", "zeros", "packed"))  # as those below say it
+        check_tensors(
+            CALLS[call], HOSTILE, also=("weight", "zeros", "packed")
+        )  # as those below say it
 
 
 @pytest.mark.parametrize("call", CALLS)

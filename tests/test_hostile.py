@@ -265,6 +265,13 @@ def test_numbers(call: str) -> None:
     check_numbers(CALLS[call])
 
 
+def test_more_blocks_than_an_int32_can_count() -> None:
+    caches = {n: torch.zeros(1, 2, 8, 16).expand(2**31, -1, -1, -1) for n in ("key", "value")}
+    arguments = _decode() | {f"{n}_cache": cache for n, cache in caches.items()}
+    with pytest.raises(ValueError, match="key_cache has 2147483648 blocks"):
+        F.single_query_cached_kv_attention(**arguments)
+
+
 def test_positions_of_a_cache_are_checked_before_they_are_read() -> None:
     """Where beam indices are followed in Python: softcap and sinks gather the cache."""
     for change, text in (

@@ -217,6 +217,8 @@ std::vector<int32_t> blocks_of(const Integers& tables, int64_t width,
                                const std::vector<int64_t>& lens, const char* name, int64_t block,
                                int64_t blocks) {
   const int64_t count = static_cast<int64_t>(lens.size());
+  LMFUSE_CHECK_VALUE(blocks <= std::numeric_limits<int32_t>::max(), "key_cache has ", blocks,
+                     " blocks, but may have at most 2^31 - 1");
   std::vector<int32_t> own(count * width, 0);
   for (int64_t b = 0; b < count; ++b) {
     LMFUSE_CHECK_VALUE(lens[b] >= 0 && lens[b] <= width * block, name, ": the length of sequence ",

@@ -135,6 +135,7 @@ inline bool same_place(const Tensor& a, const Tensor& b) {
 
 // Whether the stretches of memory from the first to the last elements of a and b meet.
 inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;  // whose strides may be anything
   const auto stretch = [](const Tensor& t) {
     int64_t last = 0;
     for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);

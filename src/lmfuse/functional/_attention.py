@@ -30,7 +30,8 @@ def cpu(name: str, x: object) -> Tensor:
     """`x`, if it is a tensor on the CPU (or meta)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
-    dense(name, x)
+    if x.layout is not torch.strided or x.is_nested:
+        dense(name, x)
     if not (x.is_cpu or x.is_meta):
         raise ValueError(f"{name} is on {x.device}, but lmfuse computes on the CPU")
     return x

@@ -10,7 +10,6 @@ from __future__ import annotations
 from torch import (
     Tensor,
     bfloat16,
-    compiler,
     dtype,
     float16,
     float32,
@@ -32,7 +31,8 @@ def tensor(name: str, x: object) -> None:
     """Raises unless `x` is a CPU (or meta) tensor of float32, bfloat16 or float16."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
-    dense(name, x)
+    if x.layout is not strided or x.is_nested:
+        dense(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} is {x.dtype}, but must be float32, bfloat16 or float16")
     if not (x.is_cpu or x.is_meta):
@@ -89,7 +89,8 @@ def integers(name: str, x: object, dtypes: tuple[dtype, ...] = (int32, int64)) -
     """Raises unless `x` is a CPU (or meta) tensor of one of these dtypes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
-    dense(name, x)
+    if x.layout is not strided or x.is_nested:
+        dense(name, x)
     if x.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} is {x.dtype}, but must be {names}")
@@ -112,7 +113,8 @@ def held(name: str, x: object, dtypes: tuple[dtype, ...] = ()) -> Tensor:
 
 def writable(name: str, x: Tensor) -> None:
     """Raises unless an op can write `x` in place: as `apart`, and its rows contiguous."""
-    apart(name, x)
+    if apart(name, x):
+        return
     if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} is written in place, so its last dimension must be contiguous, "
@@ -120,15 +122,14 @@ def writable(name: str, x: Tensor) -> None:
         )
 
 
-def apart(name: str, x: Tensor) -> None:
-    """Raises unless `x` has a place in memory for each of its elements."""
+def apart(name: str, x: Tensor) -> bool:
+    """Raises unless each element of `x` has a place in memory; returns if `x` is contiguous."""
+    try:
+        if x.is_contiguous():
+            return True
+    except RuntimeError:  # of what is not dense
+        pass
     dense(name, x)
-    if not compiler.is_compiling() and x.is_neg():  # which Dynamo cannot ask
-        raise ValueError(
-            f"{name} is written in place, but is a view of the negative of what its memory holds"
-        )
-    if x.is_contiguous():
-        return
     dims = sorted(
         (stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1
     )
@@ -140,3 +141,4 @@ def apart(name: str, x: Tensor) -> None:
                 f"or overlapping: shape {tuple(x.shape)}, strides {x.stride()}"
             )
         reach += stride * (size - 1)
+    return False

@@ -73,18 +73,20 @@ def check_caches(layer_past: LayerPast, key: Tensor, value: Tensor, past: int) -
     batch, _, kv_heads, dim = key.shape
     caches = check_cache(layer_past, past)
     key_cache, value_cache, _ = caches
-    for name, cache in (("layer_past[1]", key_cache), ("layer_past[2]", value_cache)):
-        if cache.device != key.device:
-            raise ValueError(f"{name} is on {cache.device}, but key is on {key.device}")
-        if not _attention.traced():  # symbolic strides cannot be sorted
-            _check.writable(name, cache)
-        if cache.dtype != key.dtype and cache.dtype not in _attention.FP8:
-            raise TypeError(f"{name} is {cache.dtype}, but must be {key.dtype}, the dtype of key")
-        if cache.shape[1:3] != (batch, kv_heads):
-            raise ValueError(
-                f"{name} has shape {tuple(cache.shape)}, but must have [rows, {batch}, {kv_heads}, "
-                "dim]: the batch and heads of key"
-            )
+    if key_cache.device != key.device:
+        raise ValueError(f"layer_past[1] is on {key_cache.device}, but key is on {key.device}")
+    if not _attention.traced():  # symbolic strides cannot be sorted
+        _check.writable("layer_past[1]", key_cache)
+        _check.writable("layer_past[2]", value_cache)
+    if key_cache.dtype != key.dtype and key_cache.dtype not in _attention.FP8:
+        raise TypeError(
+            f"layer_past[1] is {key_cache.dtype}, but must be {key.dtype}, the dtype of key"
+        )
+    if key_cache.shape[1:3] != (batch, kv_heads):
+        raise ValueError(
+            f"layer_past[1] has shape {tuple(key_cache.shape)}, but must have [rows, {batch}, "
+            f"{kv_heads}, dim]: the batch and heads of key"
+        )
     _attention.equal("layer_past[1]", key_cache.shape[3], dim, "head dimension", "key")
     dims = value_cache.shape[3], value.shape[3]
     _attention.equal("layer_past[2]", *dims, "head dimension", "value")
@@ -96,6 +98,10 @@ def check_cache(layer_past: LayerPast, past: int) -> Caches:
     _, key_cache, value_cache, beam_idx = layer_past
     for name, cache in (("layer_past[1]", key_cache), ("layer_past[2]", value_cache)):
         _attention.heads(name, cache, "[rows, batch, kv_heads, dim]", kv=True)
+    if value_cache.device != key_cache.device:
+        raise ValueError(
+            f"layer_past[2] is on {value_cache.device}, but layer_past[1] on {key_cache.device}"
+        )
     if value_cache.shape[:3] != key_cache.shape[:3]:
         raise ValueError(
             f"layer_past[2] has shape {tuple(value_cache.shape)}, which does not go with that of "

@@ -195,9 +195,12 @@ def _step(
     """Appends, and attends with the `options` of `attention`; out is [batch, seq, heads, dim]."""
     _attention.heads("key", key, "[batch, seq, kv_heads, dim]")
     _attention.heads("value", value, "[batch, seq, kv_heads, dim]")
-    _one_device(query, key=key, value=value, attention_mask=attention_mask)
-    value = value.to(key.dtype)
     batch, seq, heads, dim = query.shape
+    _attention.mask("attention_mask", attention_mask, batch, heads, seq, past + seq)
+    for name, x in (("key", key), ("value", value), ("attention_mask", attention_mask)):
+        if x is not None and x.device != query.device:
+            raise ValueError(f"{name} is on {x.device}, but query is on {query.device}")
+    value = value.to(key.dtype)
     _attention.equal("key", key.shape[0], batch, "batch size", "query")
     _attention.equal("key", key.shape[1], seq, "length", "query")
     _attention.equal("key", key.shape[3], dim, "head dimension", "query")
@@ -205,7 +208,6 @@ def _step(
     _attention.equal("value", value.shape[1], seq, "length", "query")
     _attention.equal("value", value.shape[2], key.shape[2], "number of heads", "key")
     _attention.groups(heads, key.shape[2], "key")
-    _attention.mask("attention_mask", attention_mask, batch, heads, seq, past + seq)
     mask = _attention.four_dims(attention_mask)
     if past == 0:
         caches = _indirect.new_caches(key, value, layer_past, text_max_length)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, int64
 
 from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _check
@@ -173,8 +173,8 @@ def rotate_qkv(
 
 def _rows(name: str, table: Tensor) -> Tensor:
     """The table [..., width] as [rows, width]."""
-    _check.row(name, table)
-    if table.dim() > 2:
+    if isinstance(table, Tensor) and table.dim() > 2:
+        _check.row(name, table)
         return table.reshape(-1, table.shape[-1]) if table.numel() else table.flatten(0, -2)
     return table
 
@@ -290,7 +290,8 @@ def _check_angles(
 
 def _check_positions(position_ids: Tensor, batch: int, seq: int) -> Tensor:
     _check.integers("position_ids", position_ids, _check.INTEGERS)
-    position_ids = position_ids.long()
+    if position_ids.dtype is not int64:
+        position_ids = position_ids.long()
     shape = position_ids.shape
     if len(shape) == 2 and shape[1] == seq and (shape[0] == batch or shape[0] == 1):
         return position_ids

@@ -71,7 +71,7 @@ def call(op: Op, *args: Any, written: tuple[int, ...] = (), check: Op | None = N
         try:
             result = op(*args)
         except Exception as error:
-            raise _translated(error, op, args, written, check) from None
+            raise _translated(error, op, args, check) from None
         for place in written:  # what is written below the dispatcher does not count by itself
             _count_write(args[place])
         return result
@@ -83,9 +83,7 @@ def _count_write(x: Tensor) -> None:
         increment_version(x)
 
 
-def _translated(
-    error: Exception, op: Any, args: tuple[Any, ...], written: tuple[int, ...], check: Op | None
-) -> Exception:
+def _translated(error: Exception, op: Any, args: tuple[Any, ...], check: Op | None) -> Exception:
     text = str(error)
     if check is not None:
         check(*args)
@@ -95,10 +93,10 @@ def _translated(
         return TypeError(text.split("\n", 1)[0])
     for name, value in _tensors(op, args):
         dense(name, value)
-    for place in written:
-        if args[place].is_neg():  # which torch resolves, but cannot write for an op without results
-            name = op._schema.arguments[place].name
-            return ValueError(f"{name} is written in place, but is a view that negates its memory")
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        # Which torch resolves, but cannot write for an op without results.
+        if argument.is_write and isinstance(value, Tensor) and value.is_neg():
+            return ValueError(f"{argument.name} is written in place, but is a view that negates")
     return error
 
 
@@ -132,7 +130,7 @@ def _call_in_grad_mode(
         )
         returned = _NoBackward.apply(op, written, *apart)  # type: ignore[no-untyped-call]
     except Exception as error:
-        raise _translated(error, op, args, written, check) from None
+        raise _translated(error, op, args, check) from None
     count = len(returned) - len(written)
     for place, value in zip(written, returned[count:], strict=True):
         try:

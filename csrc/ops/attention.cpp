@@ -88,7 +88,7 @@ Tensor with_rows(const Tensor& t) {
 // Rows of heads in dimension s of a query or a result; heads are in dimension h.
 void check_heads(const Tensor& t, int64_t dim, const char* name) {
   LMFUSE_CHECK(t.is_cpu() && t.dim() == dim, name, " must be a CPU tensor of ", dim, " dimensions");
-  LMFUSE_CHECK(t.size(dim - 1) <= 1 || t.stride(dim - 1) == 1, name,
+  LMFUSE_CHECK(t.size(dim - 1) <= 1 || t.stride(dim - 1) == 1 || t.numel() == 0, name,
                " must be contiguous in its last dimension");
 }
 
@@ -214,12 +214,15 @@ void attention_varlen(Tensor query, Tensor key, Tensor value, Tensor out, Tensor
 
 // The blocks that each sequence needs, all of them inside of the cache.
 std::vector<int32_t> blocks_of(const Integers& tables, int64_t width,
-                               const std::vector<int64_t>& lens, int64_t block, int64_t blocks) {
+                               const std::vector<int64_t>& lens, const char* name, int64_t block,
+                               int64_t blocks) {
   const int64_t count = static_cast<int64_t>(lens.size());
+  LMFUSE_CHECK_VALUE(blocks <= std::numeric_limits<int32_t>::max(), "key_cache has ", blocks,
+                     " blocks, but may have at most 2^31 - 1");
   std::vector<int32_t> own(count * width, 0);
   for (int64_t b = 0; b < count; ++b) {
-    LMFUSE_CHECK_VALUE(lens[b] >= 0 && lens[b] <= width * block, "the length of sequence ", b,
-                       " is ", lens[b], ", but its row of block_tables has room for ", width,
+    LMFUSE_CHECK_VALUE(lens[b] >= 0 && lens[b] <= width * block, name, ": the length of sequence ",
+                       b, " is ", lens[b], ", but its row of block_tables has room for ", width,
                        " blocks of ", block);
     for (int64_t i = 0; i * block < lens[b]; ++i) {
       const int64_t entry = tables[b * width + i];
@@ -275,8 +278,9 @@ void attention_paged(Tensor query, Tensor key_cache, Tensor value_cache, Tensor 
                          (cu_q ? first[batch] <= query.size(0) : batch == query.size(0)),
                      "there are queries for ", static_cast<int64_t>(first.size()) - 1,
                      " sequences, and lengths for ", batch);
-  const std::vector<int32_t> own = blocks_of(Integers(tables, "block_tables"), tables.size(1),
-                                             kv_lens, a.block, key_cache.size(0));
+  const std::vector<int32_t> own =
+      blocks_of(Integers(tables, "block_tables"), tables.size(1), kv_lens,
+                cumulative ? "cu_seqlens_kv" : "context_lens", a.block, key_cache.size(0));
   Options o{{},          alibi,        sinks,   scale,     causal,
             window_left, window_right, softcap, key_scale, value_scale};
   set_options(a, o, batch);
@@ -379,15 +383,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
       " int window_left, int window_right, float softcap, float key_scale, float value_scale)"
       " -> Tensor");
   m.def(
-      "attention_varlen(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor cu_q,"
-      " Tensor cu_k, Tensor? alibi, Tensor? sinks, float scale, bool causal, int window_left,"
-      " int window_right, float softcap) -> ()");
+      "attention_varlen(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor seqlen_q,"
+      " Tensor seqlen_k, Tensor? alibi_slopes, Tensor? sinks, float scale, bool causal,"
+      " int window_left, int window_right, float softcap) -> ()");
   m.def(
-      "attention_paged(Tensor query, Tensor key_cache, Tensor value_cache, Tensor(a!) out,"
-      " Tensor? cu_q, Tensor lens, bool cumulative, Tensor block_tables, Tensor? alibi,"
-      " Tensor? sinks, Tensor? key_scales, Tensor? value_scales, float scale, bool causal,"
-      " int window_left, int window_right, float softcap, float key_scale, float value_scale)"
-      " -> ()");
+      "attention_paged(Tensor query, Tensor key_cache, Tensor value_cache, Tensor(a!) output,"
+      " Tensor? cu_seqlens_q, Tensor lens, bool cumulative, Tensor block_tables,"
+      " Tensor? alibi_slopes, Tensor? sinks, Tensor? key_scales, Tensor? value_scales, float scale,"
+      " bool causal, int window_left, int window_right, float softcap, float key_scale,"
+      " float value_scale) -> ()");
   m.def(
       "attention_indirect(Tensor query, Tensor key_cache, Tensor value_cache, Tensor beam_idx,"
       " int kv_len, Tensor? mask, Tensor? alibi, float scale, bool causal) -> Tensor");

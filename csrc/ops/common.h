@@ -44,11 +44,27 @@ inline int64_t element_bytes(const Tensor& t) { return dtype(t, "a tensor") == D
 
 inline int64_t bytes(const Tensor& t) { return t.numel() * element_bytes(t); }
 
+constexpr int64_t kMaxDims = 64;  // as in torch's own loops
+
+inline void check_dims(int64_t dim, const char* name) {
+  LMFUSE_CHECK_VALUE(dim <= kMaxDims, name, " has ", dim, " dimensions, but may have at most ",
+                     kMaxDims);
+}
+
+// The sizes of a result: the leading ones of t, and a last one.
+struct Sizes {
+  int64_t at[kMaxDims + 1];
+  int64_t dim;
+
+  Sizes(const Tensor& t, int64_t lead, int64_t last, const char* name) : dim(lead + 1) {
+    check_dims(t.dim(), name);
+    for (int64_t d = 0; d < lead; ++d) at[d] = t.size(d);
+    at[lead] = last;
+  }
+};
+
 // A new contiguous tensor; like torch's, its memory holds what it held before.
 inline Tensor empty(const int64_t* sizes, int64_t dim, const Tensor& like) {
-  constexpr int64_t kMaxDims = 64;  // as in torch's own loops
-  LMFUSE_CHECK_VALUE(dim <= kMaxDims, "a tensor has ", dim, " dimensions, but may have at most ",
-                     kMaxDims);
   int64_t strides[kMaxDims];
   for (int64_t d = dim - 1, step = 1; d >= 0; --d) {
     strides[d] = step;
@@ -62,7 +78,10 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, const Tensor& like) {
   return Tensor(handle);
 }
 
-inline Tensor new_like(const Tensor& x) { return empty(x.sizes().data(), x.dim(), x); }
+inline Tensor new_like(const Tensor& x, const char* name) {
+  check_dims(x.dim(), name);
+  return empty(x.sizes().data(), x.dim(), x);
+}
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
@@ -77,8 +96,9 @@ inline bool collapse(const Tensor& t, Rows& rows) {
   const int64_t dim = t.dim();
   const auto sizes = t.sizes();
   const auto strides = t.strides();
-  if (dim && sizes[dim - 1] > 1 && strides[dim - 1] != 1) return false;
   rows.dims = 0;
+  if (t.numel() == 0) return true;  // whose strides may be anything
+  if (dim && sizes[dim - 1] > 1 && strides[dim - 1] != 1) return false;
   for (int64_t d = 0; d + 1 < dim; ++d) {
     if (sizes[d] == 1) continue;
     const int last = rows.dims - 1;
@@ -115,6 +135,7 @@ inline bool same_place(const Tensor& a, const Tensor& b) {
 
 // Whether the stretches of memory from the first to the last elements of a and b meet.
 inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;  // whose strides may be anything
   const auto stretch = [](const Tensor& t) {
     int64_t last = 0;
     for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);

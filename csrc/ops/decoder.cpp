@@ -221,7 +221,7 @@ Tensor decoder(Tensor hidden_states, int64_t stack, std::vector<Tensor> caches, 
   }
   const Tables tables(slots, block_tables, cu_seqlens, c, arenas.slots);
   plan_attention(c, tables);
-  Tensor y = new_like(hidden_states);
+  Tensor y = new_like(hidden_states, "hidden_states");
   c.x = rows_matrix(const_cast<void*>(hidden_states.const_data_ptr()), c.type, c.rows(), c.hidden);
   c.y = rows_matrix(y.mutable_data_ptr(), c.type, c.rows(), c.hidden);
   const int64_t threads = team_size(c);

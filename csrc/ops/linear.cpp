@@ -221,10 +221,8 @@ Tensor linear_rows(Tensor weight, Tensor rows, int64_t in_features, ScalarType t
   for (int64_t i = 0; i < count; ++i)
     LMFUSE_CHECK_VALUE(ids[i] >= 0 && ids[i] < p.n, "rows has ", ids[i], ", but weight has ", p.n,
                        " rows");
-  int64_t sizes[64];
-  for (int64_t d = 0; d < rows.dim(); ++d) sizes[d] = rows.size(d);
-  sizes[rows.dim()] = p.k;
-  Tensor out = new_tensor(sizes, rows.dim() + 1, scalar_type(p.dtype));
+  const Sizes sizes(rows, rows.dim(), p.k, "rows");
+  Tensor out = new_tensor(sizes.at, sizes.dim, scalar_type(p.dtype));
   const UnpackRowsArgs a{p.panels, ids, out.mutable_data_ptr(), p.dtype, p.k};
   const auto kernel = kernels().unpack_rows;
   parallel(count, p.k, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });

@@ -16,10 +16,8 @@ inline ScalarType scalar_type(DType type) {
 }
 
 inline Tensor new_result(const Tensor& x, int64_t n) {
-  int64_t sizes[64];
-  for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d);
-  sizes[x.dim() - 1] = n;
-  return empty(sizes, x.dim(), x);
+  const Sizes sizes(x, x.dim() - 1, n, "x");
+  return empty(sizes.at, sizes.dim, x);
 }
 
 inline Matrix operand(std::optional<Tensor>& t, const Tensor& out, const char* name) {

@@ -8,7 +8,7 @@ Tensor norm(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weig
             bool center) {
   LMFUSE_CHECK(x.is_cpu() && x.dim() >= 1, "x must be a CPU tensor of at least one dimension");
   const int64_t n = x.size(x.dim() - 1);
-  Tensor y = new_like(x);
+  Tensor y = new_like(x, residual ? "x" : "hidden_states");
   if (y.numel() == 0) return y;
 
   if (residual)

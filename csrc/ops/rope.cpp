@@ -5,7 +5,7 @@ namespace {
 
 Heads heads_of(const Tensor& x, bool heads_first, const char* name) {
   LMFUSE_CHECK(x.is_cpu() && x.dim() == 4, name, " must be a CPU tensor of four dimensions");
-  LMFUSE_CHECK(x.size(3) <= 1 || x.stride(3) == 1, name,
+  LMFUSE_CHECK(x.size(3) <= 1 || x.stride(3) == 1 || x.numel() == 0, name,
                " must be contiguous in its last dimension");
   const int s = heads_first ? 2 : 1, h = 3 - s;
   return {x.size(0), x.size(s), x.size(h), x.size(3), x.stride(0), x.stride(s), x.stride(h)};
@@ -77,7 +77,8 @@ void rope_qk_(Tensor query, Tensor key, Tensor sin, Tensor cos, std::optional<Te
 std::tuple<Tensor, Tensor, Tensor> rope_qkv(Tensor qkv, Tensor sin, Tensor cos,
                                             std::optional<Tensor> positions, int64_t num_heads,
                                             int64_t head_dim, int64_t rotary_dim, bool half) {
-  LMFUSE_CHECK(qkv.is_cpu() && qkv.dim() == 3 && (qkv.size(2) <= 1 || qkv.stride(2) == 1),
+  LMFUSE_CHECK(qkv.is_cpu() && qkv.dim() == 3 &&
+                   (qkv.size(2) <= 1 || qkv.stride(2) == 1 || qkv.numel() == 0),
                "x must be a CPU tensor [batch, seq, features], contiguous in its last dimension");
   const int64_t features = qkv.size(2);
   const bool fits = num_heads > 0 && head_dim > 0 && num_heads <= features / head_dim;
@@ -112,17 +113,17 @@ std::tuple<Tensor, Tensor, Tensor> rope_qkv(Tensor qkv, Tensor sin, Tensor cos,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
   m.def(
-      "rope(Tensor x, Tensor sin, Tensor cos, Tensor? positions, int rotary_dim, bool half,"
+      "rope(Tensor x, Tensor sin, Tensor cos, Tensor? position_ids, int rotary_dim, bool half,"
       " bool heads_first) -> Tensor");
   m.def(
-      "rope_qk(Tensor query, Tensor key, Tensor sin, Tensor cos, Tensor? positions, int rotary_dim,"
-      " bool half, bool heads_first) -> (Tensor, Tensor)");
+      "rope_qk(Tensor query, Tensor key, Tensor sin, Tensor cos, Tensor? position_ids,"
+      " int rotary_dim, bool half, bool heads_first) -> (Tensor, Tensor)");
   m.def(
-      "rope_qk_(Tensor(a!) query, Tensor(b!) key, Tensor sin, Tensor cos, Tensor? positions,"
+      "rope_qk_(Tensor(a!) query, Tensor(b!) key, Tensor sin, Tensor cos, Tensor? position_ids,"
       " int rotary_dim, bool half) -> ()");
   m.def(
-      "rope_qkv(Tensor qkv, Tensor sin, Tensor cos, Tensor? positions, int num_heads, int head_dim,"
-      " int rotary_dim, bool half) -> (Tensor, Tensor, Tensor)");
+      "rope_qkv(Tensor x, Tensor sin, Tensor cos, Tensor? position_ids, int num_heads,"
+      " int head_dim, int rotary_dim, bool half) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) {

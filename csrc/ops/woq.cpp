@@ -118,21 +118,23 @@ Tensor woq_values(Tensor packed, std::optional<Tensor> rows, int64_t out_feature
   a.packed = w.panels;
   a.order = w.order;
   a.k = w.k;
-  int64_t sizes[64] = {w.format.n}, dims = 1, count = w.format.n;
+  int64_t count = w.format.n;
+  Tensor y;
   if (rows) {
-    LMFUSE_CHECK(rows->is_cpu() && rows->scalar_type() == ScalarType::Long && rows->dim() < 64,
+    LMFUSE_CHECK(rows->is_cpu() && rows->scalar_type() == ScalarType::Long,
                  "rows must be a CPU tensor of int64");
+    const Sizes sizes(*rows, rows->dim(), w.k, "rows");
     rows = torch::stable::contiguous(*rows);
     a.rows = static_cast<const int64_t*>(rows->const_data_ptr());
     count = rows->numel();
-    dims = rows->dim();
-    for (int64_t d = 0; d < dims; ++d) sizes[d] = rows->size(d);
     for (int64_t i = 0; i < count; ++i)
       LMFUSE_CHECK_VALUE(a.rows[i] >= 0 && a.rows[i] < w.format.n, "rows has ", a.rows[i],
                          ", but packed has ", w.format.n, " rows");
+    y = new_tensor(sizes.at, sizes.dim, ScalarType::Float);
+  } else {
+    const int64_t sizes[2] = {w.format.n, w.k};
+    y = new_tensor(sizes, 2, ScalarType::Float);
   }
-  sizes[dims] = w.k;
-  Tensor y = new_tensor(sizes, dims + 1, ScalarType::Float);
   a.y = static_cast<float*>(y.mutable_data_ptr());
   if (w.order) std::memset(a.y, 0, y.numel() * sizeof(float));  // whatever a damaged order leaves
   const auto kernel = kernels().woq_values;

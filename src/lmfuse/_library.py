@@ -91,11 +91,21 @@ def _translated(error: Exception, op: Any, args: tuple[Any, ...], check: Op | No
         return ValueError(text.split(_VALUE, 1)[1].split("\n", 1)[0].strip())
     if "Expected a value of type" in text:  # the dispatcher's words, which name the argument
         return TypeError(text.split("\n", 1)[0])
-    if isinstance(error, NotImplementedError):  # found by the dispatcher, which costs no check
-        for name, value in _tensors(op, args):
-            if value.layout is not torch.strided:
-                return TypeError(f"{name} has layout {value.layout}, but must be dense")
+    for name, value in _tensors(op, args):
+        dense(name, value)
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        # Which torch resolves, but cannot write for an op without results.
+        if argument.is_write and isinstance(value, Tensor) and value.is_neg():
+            return ValueError(f"{argument.name} is written in place, but is a view that negates")
     return error
+
+
+def dense(name: str, x: Tensor) -> None:
+    """Raises unless the elements of `x` lie in memory, at strides."""
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor, but must be dense")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}, but must be dense")
 
 
 def _tensors(op: Any, args: tuple[Any, ...]) -> list[tuple[str, Tensor]]:
@@ -104,7 +114,7 @@ def _tensors(op: Any, args: tuple[Any, ...]) -> list[tuple[str, Tensor]]:
 
 
 def _call_in_grad_mode(
-    op: Op, args: tuple[Any, ...], written: tuple[int, ...], check: Op | None
+    op: Any, args: tuple[Any, ...], written: tuple[int, ...], check: Op | None
 ) -> Any:
     needs_grad = any(isinstance(a, Tensor) and a.requires_grad for a in args)
     try:
@@ -123,9 +133,24 @@ def _call_in_grad_mode(
         raise _translated(error, op, args, check) from None
     count = len(returned) - len(written)
     for place, value in zip(written, returned[count:], strict=True):
-        args[place].copy_(value)
+        try:
+            args[place].copy_(value)
+        except RuntimeError as error:
+            raise _unwritable(op._schema.arguments[place].name, error) from None
     results = returned[:count]
     return results[0] if count == 1 else results or None
+
+
+def write(name: str, to: Tensor, value: Tensor) -> None:
+    """Copies `value` to the argument `name`, if autograd lets it be written in place."""
+    try:
+        to.copy_(value)
+    except RuntimeError as error:
+        raise _unwritable(name, error) from None
+
+
+def _unwritable(name: str, error: RuntimeError) -> ValueError:
+    return ValueError(f"{name} is written in place, but {error}")
 
 
 def _name(op: Op) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lmfuse import hf
 from lmfuse.bench.limits import Limits, Probe, measure, peak_probe, read_probe, recycle_memory
 from lmfuse.bench.models import MODELS, WOQ
+from lmfuse.bench.profile import profiled
 from lmfuse.modules import QuantizedLinear
 
 PROMPT, NEW, ROUNDS = 512, 64, 3
@@ -260,9 +261,9 @@ def _outside(model: Any, ids: Tensor, case: ModelCase, new: int = 12) -> float:
             with torch.profiler.record_function(_MARK):
                 return scores
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+    with profiled() as seen:
         _generate(model, ids, case, 1 + new, logits_processor=LogitsProcessorList([Mark()]))
-    events = [(e.name, e.time_range.start, e.time_range.end) for e in seen.events()]
+    events = [(e.name, e.time_range.start, e.time_range.end) for e in seen.events()]  # type: ignore[no-untyped-call]
     marks = sorted(start for name, start, _ in events if name == _MARK)
     begin, end = marks[0], marks[-1]
     ops: float = sum(

@@ -6,10 +6,12 @@ The ops look first; the checks of tensors are made where an op refused, and whil
 from __future__ import annotations
 
 import math
+from operator import index
 
 import torch
 from torch import Tensor, bfloat16, float8_e4m3fn, float8_e5m2, float16, float32, int8
 
+from lmfuse._library import dense
 from lmfuse.functional import _check
 
 FP8 = (float8_e5m2, float8_e4m3fn)
@@ -28,6 +30,8 @@ def cpu(name: str, x: object) -> Tensor:
     """`x`, if it is a tensor on the CPU (or meta)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
+    if x.layout is not torch.strided or x.is_nested:
+        dense(name, x)
     if not (x.is_cpu or x.is_meta):
         raise ValueError(f"{name} is on {x.device}, but lmfuse computes on the CPU")
     return x
@@ -55,7 +59,7 @@ def default_scale(query: Tensor) -> float:
     """1/√dim; 1 where query is none, which its check then says."""
     try:
         return 1.0 / math.sqrt(query.shape[-1])
-    except (AttributeError, IndexError, ZeroDivisionError):
+    except (AttributeError, IndexError, RuntimeError, ZeroDivisionError):
         return 1.0
 
 
@@ -72,12 +76,23 @@ def equal(name: str, is_: int, must: int, what: str, of: str) -> None:
         raise ValueError(f"{name} has {what} {is_}, but must have {must}, that of {of}")
 
 
-def number(name: str, x: float) -> float:
+def number(name: str, x: float | Tensor) -> float:
     """`x`, if it is finite."""
-    value = float(x)
+    try:
+        value = float(x)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name} is {x!r}, but must be a number") from None
     if isinstance(x, (int, float)) and value - value != 0.0:  # math.isfinite, but traceable
         raise ValueError(f"{name} is {x}, but must be finite")
     return value
+
+
+def integer(name: str, x: int | Tensor) -> int:
+    """`x`, if it is an integer, or a tensor that holds one."""
+    try:
+        return x if isinstance(x, int) else index(x)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{name} is {x!r}, but must be an integer") from None
 
 
 def softcap(x: float) -> float:
@@ -91,8 +106,8 @@ def softcap(x: float) -> float:
 
 
 def floats(x: Tensor | None) -> Tensor | None:
-    """`x` as float32, if it is a tensor; what else it is, its check says."""
-    return x.float() if isinstance(x, Tensor) and x.dtype is not float32 else x
+    """`x` as float32, if it is of another of the three; what else it is, its check says."""
+    return x.float() if isinstance(x, Tensor) and x.dtype in (bfloat16, float16) else x
 
 
 def slopes(name: str, x: Tensor | None, query_heads: int, batch: int | None = None) -> None:
@@ -157,10 +172,10 @@ def token_scales(name: str, x: Tensor | None, of: str, kv: Tensor) -> None:
         )
 
 
-def indices(name: str, x: Tensor, dims: int) -> None:
-    """Raises unless `x` is int32 or int64 of so many dimensions."""
-    cpu(name, x)
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} is {x.dtype}, but must be int32 or int64")
+def indices(name: str, x: Tensor, dims: int, like: Tensor) -> None:
+    """Raises unless `x` is int32 or int64 of so many dimensions, and where `like` is."""
+    _check.integers(name, x)
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, but its neighbours are on {like.device}")
     if x.dim() != dims:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but must have {dims} dimension(s)")

@@ -7,15 +7,32 @@ so each asks in one line whether all is well (0.2 us) and only then looks for wh
 
 from __future__ import annotations
 
-from torch import Tensor, bfloat16, float16, float32
+from torch import (
+    Tensor,
+    bfloat16,
+    dtype,
+    float16,
+    float32,
+    int8,
+    int16,
+    int32,
+    int64,
+    strided,
+    uint8,
+)
+
+from lmfuse._library import dense
 
 FLOATS = (float32, bfloat16, float16)
+INTEGERS = (int64, int32, int16, int8, uint8)
 
 
 def tensor(name: str, x: object) -> None:
     """Raises unless `x` is a CPU (or meta) tensor of float32, bfloat16 or float16."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
+    if x.layout is not strided or x.is_nested:
+        dense(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} is {x.dtype}, but must be float32, bfloat16 or float16")
     if not (x.is_cpu or x.is_meta):
@@ -25,9 +42,9 @@ def tensor(name: str, x: object) -> None:
 def row(name: str, x: Tensor) -> int:
     """As `tensor`, of at least one dimension; returns the length of the last."""
     try:
-        if x.is_cpu and x.dtype in FLOATS:
+        if x.is_cpu and x.dtype in FLOATS and x.layout is strided:
             return x.shape[-1]
-    except (AttributeError, IndexError):
+    except (AttributeError, IndexError, RuntimeError):
         pass
     tensor(name, x)
     if not x.dim():
@@ -40,9 +57,9 @@ def vector(name: str, x: Tensor | None, n: int, of: str) -> None:
     if x is None:
         return
     try:
-        if x.is_cpu and x.dtype in FLOATS and x.shape == (n,):
+        if x.is_cpu and x.dtype in FLOATS and x.layout is strided and x.shape == (n,):
             return
-    except AttributeError:
+    except (AttributeError, RuntimeError):
         pass
     tensor(name, x)
     if x.dim() != 1 or x.shape[0] != n:
@@ -55,9 +72,9 @@ def vector(name: str, x: Tensor | None, n: int, of: str) -> None:
 def same(name: str, x: Tensor, of: str, like: Tensor) -> None:
     """Raises unless `x` has the shape and dtype of `like`, which is called `of` and was checked."""
     try:
-        if x.is_cpu and x.dtype is like.dtype and x.shape == like.shape:
+        if x.is_cpu and x.dtype is like.dtype and x.layout is strided and x.shape == like.shape:
             return
-    except AttributeError:
+    except (AttributeError, RuntimeError):
         pass
     tensor(name, x)
     if x.shape != like.shape:
@@ -68,15 +85,51 @@ def same(name: str, x: Tensor, of: str, like: Tensor) -> None:
         raise TypeError(f"{name} is {x.dtype}, but must be {like.dtype}, the dtype of {of}")
 
 
+def integers(name: str, x: object, dtypes: tuple[dtype, ...] = (int32, int64)) -> None:
+    """Raises unless `x` is a CPU (or meta) tensor of one of these dtypes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
+    if x.layout is not strided or x.is_nested:
+        dense(name, x)
+    if x.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} is {x.dtype}, but must be {names}")
+    if not (x.is_cpu or x.is_meta):
+        raise ValueError(f"{name} is on {x.device}, but lmfuse computes on the CPU")
+
+
+def held(name: str, x: object, dtypes: tuple[dtype, ...] = ()) -> Tensor:
+    """`x`, if it is a dense tensor with data, and of one of these dtypes if any are given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
+    dense(name, x)
+    if x.is_complex() or x.is_quantized or (dtypes and x.dtype not in dtypes):
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes) or "real"
+        raise TypeError(f"{name} is {x.dtype}, but must be {names}")
+    if x.is_meta:
+        raise ValueError(f"{name} is on meta, without data")
+    return x
+
+
 def writable(name: str, x: Tensor) -> None:
-    """Raises unless `x` can be written in place: rows contiguous, no two elements in one place."""
-    if x.is_contiguous():
+    """Raises unless an op can write `x` in place: as `apart`, and its rows contiguous."""
+    if apart(name, x):
         return
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} is written in place, so its last dimension must be contiguous, "
             f"but it has stride {x.stride(-1)}"
         )
+
+
+def apart(name: str, x: Tensor) -> bool:
+    """Raises unless each element of `x` has a place in memory; returns if `x` is contiguous."""
+    try:
+        if x.is_contiguous():
+            return True
+    except RuntimeError:  # of what is not dense
+        pass
+    dense(name, x)
     dims = sorted(
         (stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1
     )
@@ -88,3 +141,4 @@ def writable(name: str, x: Tensor) -> None:
                 f"or overlapping: shape {tuple(x.shape)}, strides {x.stride()}"
             )
         reach += stride * (size - 1)
+    return False

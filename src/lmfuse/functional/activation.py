@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lmfuse._library import call, ops, register_fake
+from lmfuse._library import call, ops, register_fake, write
 from lmfuse.functional import _check
 
 _silu_mul = ops.silu_mul.default
@@ -23,9 +23,12 @@ def _gated(op: Any, x: Tensor, y: Tensor, out: Tensor | None, *args: Any) -> Ten
     if out is not None:
         _check_pair(x, y)
         _check.same("out", out, "x", x)
+        _check.apart("out", out)
+        if out.device != x.device:
+            raise ValueError(f"out is on {out.device}, but x is on {x.device}")
     result = cast(Tensor, call(op, x, y, *args, check=_check_pair))
     if out is not None:
-        out.copy_(result)
+        write("out", out, result)
     return result
 
 

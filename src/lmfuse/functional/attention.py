@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lmfuse._library import call, ops, register_fake
+from lmfuse._library import call, ops, register_fake, write
 from lmfuse.functional import _attention, _check
 
 _op_attention = ops.attention.default
@@ -163,7 +163,7 @@ def varlen_attention(
     )
     if zero_tensors:
         _check_varlen(*args)
-        out.zero_()
+        write("out", out, torch.zeros(()))
     call(_op_varlen, *args, written=(3,), check=_check_varlen)
     return out
 
@@ -232,8 +232,8 @@ def _check_varlen(
     _attention.equal("value", value.shape[1], key.shape[1], "number of heads", "key")
     _attention.groups(heads, key.shape[1], "key")
     check_result(out, query, (tokens, heads, value.shape[2]))
-    _attention.indices("seqlen_q", seqlen_q, 1)
-    _attention.indices("seqlen_k", seqlen_k, 1)
+    _attention.indices("seqlen_q", seqlen_q, 1, query)
+    _attention.indices("seqlen_k", seqlen_k, 1, query)
     _attention.equal("seqlen_k", seqlen_k.shape[0], seqlen_q.shape[0], "length", "seqlen_q")
     _attention.slopes("alibi_slopes", alibi_slopes, heads, seqlen_q.shape[0] - 1)
 

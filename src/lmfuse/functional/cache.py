@@ -16,6 +16,8 @@ _cache_write = ops.cache_write.default
 
 _LAYOUT = "[blocks, kv_heads, block_size, dim]"
 
+_MOST_BYTES = 1 << 62  # so that the op can add to it
+
 # What kv_cache_dtype may be, and which dtypes of the caches it stands for.
 _NAMES: dict[str, tuple[torch.dtype, ...]] = {
     "auto": _attention.KV_DTYPES,
@@ -45,7 +47,10 @@ def new_cache(shape: Sequence[int], dtype: torch.dtype, *, alone: bool = False) 
         return torch.empty(tuple(shape), dtype=dtype)
     if any(n < 0 for n in shape):
         raise ValueError(f"shape is {tuple(shape)}, but no size may be negative")
-    memory = cast(Tensor, ops.cache_new(math.prod(shape) * dtype.itemsize, alone))
+    size = math.prod(shape) * dtype.itemsize
+    if size >= _MOST_BYTES:
+        raise ValueError(f"shape is {tuple(shape)}, which is more than there are addresses")
+    memory = cast(Tensor, ops.cache_new(size, alone))
     return memory.view(dtype).view(tuple(shape))
 
 
@@ -128,13 +133,13 @@ def reshape_and_cache(
 
 
 def _check_writable(*caches: Tensor | None) -> None:
-    """Which the op does not see: of the caches, and of their scales, each a row of its own."""
+    """Which the op does not see: of the caches, and of their scales, in any order."""
     if torch.compiler.is_compiling():  # symbolic strides cannot be sorted
         return
     names = ("key_cache", "value_cache", "key_scales", "value_scales")
     for name, cache in zip(names, caches, strict=True):
-        if isinstance(cache, Tensor) and cache.dim():
-            _check.writable(name, cache.unsqueeze(-1) if "scales" in name else cache)
+        if isinstance(cache, Tensor):
+            (_check.apart if "scales" in name else _check.writable)(name, cache)
 
 
 def _check_cache_write(
@@ -161,7 +166,7 @@ def _check_cache_write(
         _attention.equal(name, x.shape[1], cache.shape[1], "number of heads", f"{name}_cache")
         _attention.equal(name, x.shape[2], cache.shape[3], "head dimension", f"{name}_cache")
     _attention.equal("value", value.shape[0], key.shape[0], "length", "key")
-    _attention.indices("slot_mapping", slots, 1)
+    _attention.indices("slot_mapping", slots, 1, key)
     _attention.equal("slot_mapping", slots.shape[0], key.shape[0], "length", "key")
     _attention.token_scales("key_scales", key_scales, "key_cache", key_cache)
     _attention.token_scales("value_scales", value_scales, "value_cache", value_cache)

@@ -91,6 +91,8 @@ def pack_experts(weight: Tensor, parts: int = 1, rounded: bool = False) -> Packe
         TypeError, ValueError: a weight that cannot be packed; see the text of the error.
     """
     _check.tensor("weight", weight)
+    if parts < 1:
+        raise ValueError(f"parts is {parts}, but must be at least 1")
     if weight.dim() != 3 or not weight.numel() or weight.shape[1] % parts:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}, but must be [experts, {parts} n, k], and not "
@@ -135,6 +137,7 @@ def experts(
     for name, weight, parts in (("gate_up", gate_up, 2), ("down", down, 1)):
         if not isinstance(weight, PackedExperts) or weight.parts != parts:
             raise TypeError(f"{name} must come from pack_experts with parts {parts}")
+    _check.row("x", x)
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu"):
         x = x.to(gate_up.public_dtype)
@@ -146,7 +149,7 @@ def experts(
     if (down.in_features, down.out_features) != sizes or down.dtype is not gate_up.dtype:
         raise ValueError(f"down is {down}, which does not fit gate_up, {gate_up}")
     args = (x, index, weights, gate_up.packed, down.packed, *sizes, act)
-    return cast(Tensor, call(ops.experts.default, *args)).to(dtype)
+    return cast(Tensor, call(ops.experts.default, *args, check=_check_experts)).to(dtype)
 
 
 # One op, so that graphs and traces hold the choice of experts and not what was once chosen.
@@ -201,6 +204,8 @@ def _check_experts(
         raise ValueError(
             f"gate_up has {gate_up.shape[0] // 2} experts, but down has {down.shape[0]}"
         )
+    _check.integers("index", index, _check.INTEGERS)
+    _check.tensor("weights", weights)
     if index.dim() != 2 or index.shape != weights.shape or index.shape[0] != x.shape[0]:
         raise ValueError(
             f"index has shape {tuple(index.shape)} and weights {tuple(weights.shape)}, but both "

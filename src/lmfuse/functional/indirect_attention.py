@@ -24,11 +24,9 @@ import torch
 from torch import Tensor
 
 from lmfuse._library import call, ops, register_fake
-from lmfuse.functional import _attention, _check
+from lmfuse.functional import _attention, _indirect
+from lmfuse.functional._indirect import LayerPast
 from lmfuse.functional.attention import attention
-from lmfuse.functional.cache import new_cache, reshape_and_cache
-
-LayerPast = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _op_indirect = ops.attention_indirect.default
 
@@ -89,25 +87,26 @@ def indirect_access_kv_cache_attention(
     if alibi is not None:
         raise ValueError("alibi must be None: add its bias to attention_mask")
     _attention.heads("query", query, "[batch, seq, heads, dim]")
-    divisor = float(scale_attn)
+    divisor = _attention.number("scale_attn", scale_attn)
     if not _attention.traced() and (divisor == 0.0 or not math.isfinite(divisor)):
         raise ValueError(f"scale_attn is {divisor}, but must be finite and not 0")
     scale = 1.0 / divisor
-    past = _past_length(layer_past, seq_info)
+    past = _indirect.past_length(layer_past, seq_info)
     if past == -1 and layer_past is not None:
         _, keys, values, _ = layer_past
-        out = attention(query, keys, values, mask=attention_mask, scale=scale)
+        try:
+            out = attention(query, keys, values, mask=attention_mask, scale=scale)
+        except (TypeError, ValueError) as error:
+            words = "of layer_past[1] (key), layer_past[2] (value) and attention_mask (mask)"
+            raise type(error)(f"{words}: {error}") from None
         return out.transpose(1, 2), None, layer_past
     if layer_past is not None and seq_info is None and _attention.traced():
         given = (query, key, value, *layer_past, attention_mask)
-        out, *present = call(
-            _op_step, *given, None, scale, add_casual_mask, 0, 0.0, text_max_length, _fresh()
-        )
+        options = (None, scale, add_casual_mask, 0, 0.0, text_max_length, _fresh())
+        out, *present = call(_op_step, *given, *options, check=_check_step)
         return out.transpose(1, 2), None, cast(LayerPast, tuple(present))
-    options = {"causal": add_casual_mask, "scale": scale}
-    out, after = _step(
-        query, key, value, layer_past, past, attention_mask, text_max_length, options
-    )
+    chosen = {"causal": add_casual_mask, "scale": scale}
+    out, after = _step(query, key, value, layer_past, past, attention_mask, text_max_length, chosen)
     return out.transpose(1, 2), None, after
 
 
@@ -151,33 +150,34 @@ def indirect_cache_attention(
     Raises:
         TypeError, ValueError: as `indirect_access_kv_cache_attention`.
     """
-    out, *present = call(
-        _op_step,
-        query,
-        key,
-        value,
-        *layer_past,
-        None if mask is None else mask[:, None, None],
-        sinks,
-        scale,
-        True,
-        0 if window is None else window,
-        softcap,
-        text_max_length,
-        _fresh(),
-    )
+    _attention.heads("query", query, "[batch, seq, heads, dim]")
+    _indirect.past_length(layer_past, None)
+    if mask is not None:
+        if _attention.cpu("mask", mask).dim() != 2:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, but must be [batch, L + seq]")
+        mask = mask[:, None, None]
+    left = 0 if window is None else window
+    options = (scale, True, left, softcap, text_max_length, _fresh())
+    given = (query, key, value, *layer_past, mask, sinks)
+    out, *present = call(_op_step, *given, *options, check=_check_step)
     return out, cast(LayerPast, tuple(present))
 
 
 def gather_indirect(layer_past: LayerPast) -> tuple[Tensor, Tensor]:
-    """Copies of the keys and values that each row sees, [batch, L, kv_heads, dim]."""
-    return _gathered(layer_past, layer_past[0].size(-2))
+    """Copies of the keys and values that each row sees, [batch, L, kv_heads, dim].
+
+    Raises:
+        TypeError, ValueError: not a cache, or a beam index out of range; see the text of the error.
+    """
+    past = _indirect.past_length(layer_past, None)
+    _indirect.check_cache(layer_past, past)
+    return _gathered(layer_past, past)
 
 
 def _gathered(layer_past: LayerPast, past: int) -> tuple[Tensor, Tensor]:
     info, key_cache, value_cache, beam_idx = layer_past
     length = info.size(-2)
-    rows, columns = torch.arange(length).unsqueeze(1), _columns(beam_idx, past, length)
+    rows, columns = torch.arange(length).unsqueeze(1), _indirect.columns(beam_idx, past, length)
     keys, values = key_cache[rows, columns], value_cache[rows, columns]
     return keys.transpose(0, 1), values.transpose(0, 1)
 
@@ -195,11 +195,12 @@ def _step(
     """Appends, and attends with the `options` of `attention`; out is [batch, seq, heads, dim]."""
     _attention.heads("key", key, "[batch, seq, kv_heads, dim]")
     _attention.heads("value", value, "[batch, seq, kv_heads, dim]")
-    for name, x in (("key", key), ("value", value)):
-        if x.device != query.device:
+    batch, seq, heads, dim = query.shape
+    _attention.mask("attention_mask", attention_mask, batch, heads, seq, past + seq)
+    for name, x in (("key", key), ("value", value), ("attention_mask", attention_mask)):
+        if x is not None and x.device != query.device:
             raise ValueError(f"{name} is on {x.device}, but query is on {query.device}")
     value = value.to(key.dtype)
-    batch, seq, heads, dim = query.shape
     _attention.equal("key", key.shape[0], batch, "batch size", "query")
     _attention.equal("key", key.shape[1], seq, "length", "query")
     _attention.equal("key", key.shape[3], dim, "head dimension", "query")
@@ -207,22 +208,17 @@ def _step(
     _attention.equal("value", value.shape[1], seq, "length", "query")
     _attention.equal("value", value.shape[2], key.shape[2], "number of heads", "key")
     _attention.groups(heads, key.shape[2], "key")
-    _attention.mask("attention_mask", attention_mask, batch, heads, seq, past + seq)
     mask = _attention.four_dims(attention_mask)
     if past == 0:
-        caches = _new_caches(key, value, layer_past, text_max_length)
-        _append(key, value, caches, 0, caches[2].shape[1] // batch)
+        caches = _indirect.new_caches(key, value, layer_past, text_max_length)
+        _indirect.append(key, value, caches, 0, caches[2].shape[1] // batch)
         out = attention(query, key, value, mask=mask, **options)
     else:
         assert layer_past is not None  # or past were 0
-        caches = _grown(_check_caches(layer_past, key, value, past), past + seq)
-        _append(key, value, caches, past, 1)
-        out = _attend(query, (_info(past + seq), *caches), mask, **options)
-    return out, (_info(past + seq), *caches)
-
-
-def _info(length: int) -> Tensor:
-    return torch.zeros((), dtype=torch.int64).expand(1, length, length, 1)
+        caches = _indirect.grown(_indirect.check_caches(layer_past, key, value, past), past + seq)
+        _indirect.append(key, value, caches, past, 1)
+        out = _attend(query, (_indirect.info(past + seq), *caches), mask, **options)
+    return out, (_indirect.info(past + seq), *caches)
 
 
 def _attend(
@@ -244,143 +240,15 @@ def _attend(
     return attention(query, keys, values, mask=mask, causal=causal, scale=scale, **options)
 
 
-def _columns(beam_idx: Tensor, past: int, length: int) -> Tensor:
-    """[length, batch]: in which column of the cache each position of each row lies.
-
-    The positions from `past` on are new, and nobody has reordered them yet.
-    """
-    own = torch.arange(beam_idx.shape[1])
-    beams = own.numel() // int(beam_idx[-1, 0])
-    shared = min(int(beam_idx[-2, 0]), past) if beams > 1 else 0
-    columns = own.repeat(length, 1)
-    columns[:shared] = own // beams * beams
-    column = own
-    for t in range(past - 1, shared - 1, -1):
-        column = columns[t] = beam_idx[t, column]
-    return columns
+def _one_device(query: Tensor, **others: Tensor | None) -> None:
+    for name, x in others.items():
+        if x is not None and _attention.cpu(name, x).device != query.device:
+            raise ValueError(f"{name} is on {x.device}, but query is on {query.device}")
 
 
-def _past_length(layer_past: LayerPast | None, seq_info: int | Tensor | None) -> int:
-    if layer_past is None:
-        return 0
-    if not isinstance(layer_past, (tuple, list)) or len(layer_past) != 4:
-        raise TypeError("layer_past must be a tuple of 4 tensors, or None")
-    for i, x in enumerate(layer_past):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"layer_past[{i}] is {type(x).__name__}, but must be a torch.Tensor")
-    if seq_info is not None:
-        past = int(seq_info)
-        if past < -1:
-            raise ValueError(f"seq_info is {past}, but must be a length, or -1")
-        return past
-    if layer_past[0].dim() != 4:
-        raise ValueError(
-            f"layer_past[0] has shape {tuple(layer_past[0].shape)}, but must be [1, L, L, 1]"
-        )
-    return layer_past[0].size(-2)
-
-
-Caches = tuple[Tensor, Tensor, Tensor]
-
-
-def _new_caches(
-    key: Tensor, value: Tensor, layer_past: LayerPast | None, text_max_length: int
-) -> Caches:
-    batch, seq, kv_heads, dim = key.shape
-    columns, dtype = batch, key.dtype
-    if layer_past is not None:
-        columns, dtype = layer_past[3].shape[-1], layer_past[1].dtype
-        if dtype not in _attention.FP8:
-            dtype = key.dtype
-    if columns == 0 or columns % batch:
-        raise ValueError(
-            f"layer_past[3] has {columns} columns, but must have as many as the batch of key, "
-            f"{batch}, times the beams"
-        )
-    rows = text_max_length if text_max_length > seq else text_max_length + seq
-    key_cache = new_cache((rows, columns, kv_heads, dim), dtype, alone=True)
-    value_cache = new_cache((rows, columns, kv_heads, value.shape[3]), dtype, alone=True)
-    beams = columns // batch
-    own = torch.arange(columns)
-    beam_idx = own.repeat(rows + 2, 1)  # rows that nobody reorders go on with themselves
-    beam_idx[:seq] = own // beams * beams
-    beam_idx[rows:] = 0
-    beam_idx[rows, 0] = seq
-    beam_idx[rows + 1, 0] = batch
-    return key_cache, value_cache, beam_idx
-
-
-def _check_caches(layer_past: LayerPast, key: Tensor, value: Tensor, past: int) -> Caches:
-    batch, _, kv_heads, dim = key.shape
-    _, key_cache, value_cache, beam_idx = layer_past
-    for name, cache in (("layer_past[1]", key_cache), ("layer_past[2]", value_cache)):
-        _attention.heads(name, cache, "[rows, batch, kv_heads, dim]", kv=True)
-        if not _attention.traced():  # symbolic strides cannot be sorted
-            _check.writable(name, cache)
-        if cache.dtype != key.dtype and cache.dtype not in _attention.FP8:
-            raise TypeError(f"{name} is {cache.dtype}, but must be {key.dtype}, the dtype of key")
-        if cache.shape[1:3] != (batch, kv_heads) or cache.shape[0] != key_cache.shape[0]:
-            raise ValueError(
-                f"{name} has shape {tuple(cache.shape)}, but must have [rows, {batch}, {kv_heads}, "
-                "dim]: the batch and heads of key"
-            )
-    _attention.equal("layer_past[1]", key_cache.shape[3], dim, "head dimension", "key")
-    dims = value_cache.shape[3], value.shape[3]
-    _attention.equal("layer_past[2]", *dims, "head dimension", "value")
-    if value_cache.dtype != key_cache.dtype:
-        raise TypeError(
-            f"layer_past[2] is {value_cache.dtype}, but must be {key_cache.dtype}, the dtype of "
-            "layer_past[1]"
-        )
-    _attention.indices("layer_past[3]", beam_idx, 2)
-    rows = key_cache.shape[0]
-    if beam_idx.dtype != torch.int64 or tuple(beam_idx.shape) != (rows + 2, batch):
-        raise ValueError(
-            f"layer_past[3] is {beam_idx.dtype} of shape {tuple(beam_idx.shape)}, but must be "
-            f"int64 of shape ({rows + 2}, {batch})"
-        )
-    if past > rows:
-        raise ValueError(f"layer_past holds {past} tokens in {rows} rows")
-    return key_cache, value_cache, beam_idx.contiguous()
-
-
-def _grown(caches: Caches, length: int) -> Caches:
-    """The caches with their rows doubled, or as many as `length`, if it does not fit."""
-    key_cache, value_cache, beam_idx = caches
-    old = key_cache.shape[0]
-    if length <= old:
-        return caches
-    rows = max(2 * old, length)
-
-    def grow(cache: Tensor) -> Tensor:
-        new = new_cache((rows, *cache.shape[1:]), cache.dtype, alone=True)
-        new[:old] = cache
-        return new
-
-    new_idx = torch.arange(beam_idx.shape[1]).repeat(rows + 2, 1)
-    new_idx[:old] = beam_idx[:old]
-    new_idx[rows:] = beam_idx[old:]
-    return grow(key_cache), grow(value_cache), new_idx
-
-
-def _append(key: Tensor, value: Tensor, caches: Caches, past: int, beams: int) -> None:
-    """Token t of sequence b into row past + t, column b * beams."""
-    batch, seq = key.shape[:2]
-    if caches[0].dtype is key.dtype and not torch.is_grad_enabled():  # two copies: 6 us for 40
-        for new, cache in zip((key, value), caches, strict=False):
-            cache[past : past + seq, ::beams].copy_(new.transpose(0, 1))
-        return
-    columns = caches[0].shape[1]
-    slots = torch.arange(past * columns, (past + seq) * columns, beams)  # token by token
-    if seq > 1:
-        slots = slots.view(seq, batch).t()
-    reshape_and_cache(
-        key.flatten(0, 1),
-        value.flatten(0, 1),
-        caches[0].transpose(1, 2),
-        caches[1].transpose(1, 2),
-        slots.flatten(),
-    )
+def _check_step(query: Tensor, *args: Any) -> None:
+    names = ("key", "value", *(f"layer_past[{i}]" for i in range(4)), "attention_mask", "sinks")
+    _one_device(query, **dict(zip(names, args, strict=False)))
 
 
 @torch.library.impl("lmfuse::attention_indirect_step", "CompositeExplicitAutograd")
@@ -403,7 +271,7 @@ def _op_step_impl(
     fresh: bool,
 ) -> tuple[Tensor, ...]:
     _attention.heads("query", query, "[batch, seq, heads, dim]")
-    past = _past_length((seq_info, key_cache, value_cache, beam_idx), None)
+    past = _indirect.past_length((seq_info, key_cache, value_cache, beam_idx), None)
     seq = query.shape[1]
     options: dict[str, Any] = {}
     if softcap or sinks is not None:

@@ -168,7 +168,7 @@ def _input(x: Tensor, weight: PackedWeight, name: str = "weight") -> Tensor:
     try:
         if x.dtype is dtype and x.shape[-1] == weight.in_features:
             return x
-    except (AttributeError, IndexError):
+    except (AttributeError, IndexError, RuntimeError):
         pass
     if _check.row("x", x) != weight.in_features:
         raise ValueError(

@@ -223,8 +223,7 @@ def weight_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
         TypeError, ValueError: an argument that cannot be; see the text of the error.
     """
     _check_packed("weight", weight)
-    if rows.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"rows is {rows.dtype}, but must be int64 or int32")
+    _check.integers("rows", rows)
     result = cast(
         Tensor, call(_rows, weight.packed, rows.long(), weight.in_features, weight.packed_dtype)
     )

@@ -147,6 +147,8 @@ def flash_attn_varlen_func(
             see the text of the error.
     """
     check_cache_dtype("key_cache", kv_cache_dtype, key_cache)
+    if cu_seqlens_q is None:
+        raise TypeError("cu_seqlens_q is NoneType, but must be a torch.Tensor")
     left = window_size_left if 0 < window_size_left < max_seqlen_kv else -1
     right = window_size_right if 0 <= window_size_right < max_seqlen_kv else -1
     _paged(
@@ -233,14 +235,14 @@ def _check_paged(
     _attention.equal("key_cache", key_cache.shape[3], dim, "head dimension", "query")
     _attention.groups(heads, key_cache.shape[1], "key_cache")
     check_result(out, query, (tokens, heads, value_cache.shape[3]), "output")
-    _attention.indices("block_tables", block_tables, 2)
+    _attention.indices("block_tables", block_tables, 2, query)
     if cu_q is None:
-        _attention.indices("context_lens", lens, 1)
+        _attention.indices("context_lens", lens, 1, query)
         batch = lens.shape[0]
         _attention.equal("context_lens", batch, tokens, "length", "query")
     else:
-        _attention.indices("cu_seqlens_q", cu_q, 1)
-        _attention.indices("cu_seqlens_kv", lens, 1)
+        _attention.indices("cu_seqlens_q", cu_q, 1, query)
+        _attention.indices("cu_seqlens_kv", lens, 1, query)
         batch = cu_q.shape[0] - 1
         _attention.equal("cu_seqlens_kv", lens.shape[0], batch + 1, "length", "cu_seqlens_q")
     _attention.equal("block_tables", block_tables.shape[0], batch, "number of rows", "the batch")

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lmfuse._library import call, ops, register_fake
+from lmfuse._library import call, dense, ops, register_fake
 from lmfuse.functional import _check
 
 _pack = ops.woq_pack.default
@@ -172,6 +172,7 @@ def quantized_format(packed: Tensor) -> QuantizedFormat:
         TypeError, ValueError: not the bytes of a quantized weight.
     """
     _check_bytes("packed", packed)
+    _check.held("packed", packed)
     n, k, columns, group, kind, zero, scale, ordered = call(_header, packed).tolist()
     return QuantizedFormat(
         KINDS[kind], n, k, group or -1, _DTYPES[scale], _ZEROS[zero], bool(ordered), columns
@@ -234,19 +235,21 @@ def quantized_rows(packed: Tensor, rows: Tensor, out_features: int, in_features:
         TypeError, ValueError: an argument that cannot be; see the text of the error.
     """
     _check_bytes("packed", packed)
-    if rows.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"rows is {rows.dtype}, but must be int64 or int32")
+    _check.integers("rows", rows)
     return cast(Tensor, call(_values, packed, rows.long(), out_features, in_features))
 
 
 def _check_bytes(name: str, packed: object) -> None:
     if not isinstance(packed, Tensor):
         raise TypeError(f"{name} is {type(packed).__name__}, but must come from pack_quantized")
+    dense(name, packed)
     if packed.dtype is not torch.uint8 or packed.dim() != 1:
         raise TypeError(
             f"{name} is {packed.dtype} of shape {tuple(packed.shape)}, but must be the bytes that "
             "pack_quantized returns"
         )
+    if not packed.is_contiguous():
+        raise ValueError(f"{name} has stride {packed.stride(0)}, but must be contiguous")
 
 
 def _check_codes(kind: str, codes: Tensor) -> None:
@@ -254,6 +257,7 @@ def _check_codes(kind: str, codes: Tensor) -> None:
         raise ValueError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
     if not isinstance(codes, Tensor):
         raise TypeError(f"codes is {type(codes).__name__}, but must be a torch.Tensor")
+    dense("codes", codes)
     if codes.dtype is not _CODES[kind]:
         raise TypeError(f"codes is {codes.dtype}, but must be {_CODES[kind]} for {kind}")
     if codes.dim() != 2 or not codes.numel():
@@ -287,8 +291,7 @@ def _group_count(columns: int, group_size: int) -> int:
 
 def _per_group(name: str, x: Tensor, n: int, groups: int) -> Tensor:
     """`x` as [n, groups] in float32, checked."""
-    if not isinstance(x, Tensor) or x.is_complex():
-        raise TypeError(f"{name} must be a real torch.Tensor")
+    _check.held(name, x)
     shape = tuple(x.shape)
     if shape != (n, groups) and not (groups == 1 and shape == (n,)):
         raise ValueError(f"{name} has shape {shape}, but must have ({n}, {groups})")
@@ -305,6 +308,7 @@ def _order(g_idx: Tensor, k: int, group_size: int) -> Tensor:
         raise ValueError("g_idx is given, but with group_size -1 there is one group")
     if not isinstance(g_idx, Tensor) or g_idx.dtype not in (torch.int32, torch.int64):
         raise TypeError("g_idx must be a torch.Tensor of int32 or int64")
+    _check.held("g_idx", g_idx)
     if tuple(g_idx.shape) != (k,):
         raise ValueError(f"g_idx has shape {tuple(g_idx.shape)}, but must have ({k},)")
     groups = _group_count(k, group_size)

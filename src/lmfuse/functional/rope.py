@@ -18,8 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-import torch
-from torch import Tensor
+from torch import Tensor, int64
 
 from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _check
@@ -28,8 +27,6 @@ _rope = ops.rope.default
 _rope_qk = ops.rope_qk.default
 _rope_qk_ = ops.rope_qk_.default
 _rope_qkv = ops.rope_qkv.default
-
-_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def rotary_embedding(
@@ -64,7 +61,7 @@ def rotary_embedding(
     _check_qk(query, key, (3, 4))
     _check.writable("query", query)
     _check.writable("key", key)
-    sin, cos = _rows(sin), _rows(cos)
+    sin, cos = _rows("sin", sin), _rows("cos", cos)
     q, k = (query, key) if query.dim() == 4 else (query.unsqueeze(0), key.unsqueeze(0))
     batch, seq, _, head_dim = q.shape
     position_ids = _check_angles(sin, cos, rotary_dim, position_ids, batch, seq, head_dim)
@@ -174,9 +171,10 @@ def rotate_qkv(
     )
 
 
-def _rows(table: Tensor) -> Tensor:
+def _rows(name: str, table: Tensor) -> Tensor:
     """The table [..., width] as [rows, width]."""
     if isinstance(table, Tensor) and table.dim() > 2:
+        _check.row(name, table)
         return table.reshape(-1, table.shape[-1]) if table.numel() else table.flatten(0, -2)
     return table
 
@@ -184,15 +182,15 @@ def _rows(table: Tensor) -> Tensor:
 def _contiguous_heads(x: Tensor) -> Tensor:
     try:
         return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-    except (AttributeError, IndexError):  # no tensor, or one without dimensions: checked later
+    except (AttributeError, IndexError, RuntimeError):  # not such a tensor: checked later
         return x
 
 
 def _as_the_op_wants(position_ids: Tensor) -> Tensor:
     """In int64 and two dimensions, unless it is wrong: that is found later."""
-    if not isinstance(position_ids, Tensor):
+    if not isinstance(position_ids, Tensor) or position_ids.is_nested:
         return position_ids
-    if position_ids.dtype in _INTEGERS:
+    if position_ids.dtype in _check.INTEGERS:
         position_ids = position_ids.long()
     one_row = position_ids.dim() == 1 and position_ids.shape[0] != 1
     return position_ids.unsqueeze(0) if one_row else position_ids
@@ -291,18 +289,9 @@ def _check_angles(
 
 
 def _check_positions(position_ids: Tensor, batch: int, seq: int) -> Tensor:
-    if not isinstance(position_ids, Tensor):
-        raise TypeError(
-            f"position_ids is {type(position_ids).__name__}, but must be a torch.Tensor"
-        )
-    if position_ids.dtype is not torch.int64:
-        if position_ids.dtype not in _INTEGERS:
-            raise TypeError(f"position_ids is {position_ids.dtype}, but must be of integers")
+    _check.integers("position_ids", position_ids, _check.INTEGERS)
+    if position_ids.dtype is not int64:
         position_ids = position_ids.long()
-    if not (position_ids.is_cpu or position_ids.is_meta):
-        raise ValueError(
-            f"position_ids is on {position_ids.device}, but lmfuse computes on the CPU"
-        )
     shape = position_ids.shape
     if len(shape) == 2 and shape[1] == seq and (shape[0] == batch or shape[0] == 1):
         return position_ids

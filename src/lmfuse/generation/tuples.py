@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lmfuse import functional
-from lmfuse.functional.indirect_attention import LayerPast
+from lmfuse.functional._indirect import LayerPast
 
 # Rows that a new cache has if the model's config has no `text_max_length`.
 ROWS = 2048

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfuse import functional
-from lmfuse.functional.indirect_attention import LayerPast
+from lmfuse.functional._indirect import LayerPast
 
 
 class VarlenAttention(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 
 from lmfuse import functional
 from lmfuse.functional import DecoderLayer, PackedWeight
-from lmfuse.functional.indirect_attention import LayerPast
+from lmfuse.functional._indirect import LayerPast
 from lmfuse.modules.decoder_cache import Presents, Step, UnlikeError
 
 

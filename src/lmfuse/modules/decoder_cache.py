@@ -11,14 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmfuse.functional.indirect_attention import (
-    Caches,
-    LayerPast,
-    _columns,
-    _grown,
-    _info,
-    _new_caches,
-)
+from lmfuse.functional import _indirect
+from lmfuse.functional._indirect import Caches, LayerPast
 
 
 class Presents(tuple[LayerPast, ...]):
@@ -75,7 +69,7 @@ class Step:
         new = begins + torch.arange(0, columns, beams)
         self.new = new.t().flatten()
         self.slots = torch.cat([held, new]) if before else new
-        self.present = Presents((_info(before + tokens), *c) for c in caches)
+        self.present = Presents((_indirect.info(before + tokens), *c) for c in caches)
         self.present.slots = (
             self.slots if beams == 1 else self.slots.repeat_interleave(beams, dim=1)
         )
@@ -108,7 +102,7 @@ def _fresh(key: Tensor, past: Sequence[LayerPast] | None, layers: int, rows: int
     """New caches, whose beam indices are one for all layers."""
     if past is not None and past[0][1].dtype.itemsize == 1:
         raise UnlikeError
-    keys, values, beam_idx = _new_caches(key, key, None if past is None else past[0], rows)
+    keys, values, beam_idx = _indirect.new_caches(key, key, None if past is None else past[0], rows)
     rest = [(torch.empty_like(keys), torch.empty_like(keys), beam_idx) for _ in range(layers - 1)]
     return [(keys, values, beam_idx), *rest]
 
@@ -132,7 +126,7 @@ def _checked(
         raise UnlikeError
     if length <= rows:
         return [layer[1:] for layer in past]
-    return [_grown(layer[1:], length) for layer in past]
+    return [_indirect.grown(layer[1:], length) for layer in past]
 
 
 def _held(past: Sequence[LayerPast], before: int) -> Tensor:
@@ -140,7 +134,7 @@ def _held(past: Sequence[LayerPast], before: int) -> Tensor:
     beam_idx = past[0][3]
     columns = beam_idx.shape[1]
     if not isinstance(past, Presents):
-        found = _columns(beam_idx, before, before)
+        found = _indirect.columns(beam_idx, before, before)
         return found + torch.arange(0, before * columns, columns).unsqueeze(1)
     if columns == 1 or before <= past.shared:
         return past.slots

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lmfuse import functional
-from lmfuse.functional import QuantizedFormat
-from lmfuse.functional.quantized import packed_bytes
+from lmfuse.functional import QuantizedFormat, _check
+from lmfuse.functional.quantized import _check_bytes, packed_bytes
 
 
 class QuantizedLinear(nn.Module):
@@ -38,9 +38,10 @@ class QuantizedLinear(nn.Module):
         compute: str = "bf16",
         block_scales: bool = False,
     ) -> None:
+        _check.held("weight", weight, (torch.uint8,))
+        _check_bytes("weight", weight)
         f = functional.quantized_format(weight)
-        if bias is not None and tuple(bias.shape) != (f.out_features,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}, but must be ({f.out_features},)")
+        _check.vector("bias", bias, f.out_features, "the result")
         self._fill(f, weight, bias, compute, block_scales)
 
     def _fill(

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lmfuse.functional import _check
 from lmfuse.reference.woq import NF4
 
 SMALLEST_SCALE = 2.0**-23
@@ -67,10 +68,13 @@ def quantize_weight(
     Raises:
         ValueError: a weight that is not a matrix, is empty, or holds NaN or infinity.
     """
+    _check.held("weight", weight)
     if weight.dim() != 2 or not weight.numel():
         raise ValueError(f"weight has shape {tuple(weight.shape)}, but must be [n, k], not empty")
+    if group_size != -1 and group_size < 1:
+        raise ValueError(f"group_size is {group_size}, but must be positive, or -1 for all columns")
     n, k = weight.shape
-    group = k if group_size == -1 else group_size
+    group = k if group_size == -1 else min(group_size, k)
     rows = max(1, _SLICE // k)
     parts = []
     for start in range(0, n, rows):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmfuse.functional import pack_quantized
+from lmfuse.functional import _check, pack_quantized
 
 KEPT = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0"}
 # type: (elements, bytes) of a block; ggml.h.
@@ -203,10 +203,10 @@ def pack_gguf(blocks: Tensor, type: int) -> Tensor:
     if type not in KEPT:
         raise ValueError(f"type is {type}, but must be 2 (Q4_0), 3 (Q4_1) or 8 (Q8_0)")
     size = BLOCKS[type][1]
-    if blocks.dtype is not torch.uint8 or blocks.dim() != 2 or blocks.shape[1] % size:
+    _check.held("blocks", blocks, (torch.uint8,))
+    if blocks.dim() != 2 or not blocks.numel() or blocks.shape[1] % size:
         raise ValueError(
-            f"blocks is {tuple(blocks.shape)}, {blocks.dtype}, but must be uint8 rows of blocks of "
-            f"{size} bytes"
+            f"blocks has shape {tuple(blocks.shape)}, but must be rows of blocks of {size} bytes"
         )
     n = blocks.shape[0]
     parts = blocks.reshape(n, -1, size)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmfuse.functional import _check
 from lmfuse.quantization import codes as plain
 from lmfuse.reference.woq import NF4
 
@@ -30,6 +31,12 @@ KINDS = {
     WoqWeightDtype.INT4: "int4",
     WoqWeightDtype.NF4: "nf4",
     WoqWeightDtype.FP8: "fp8",
+}
+_HELD = {
+    "int8": torch.int8,
+    "int4": torch.uint8,
+    "nf4": torch.uint8,
+    "fp8": torch.float8_e4m3fn,
 }
 
 
@@ -55,7 +62,7 @@ def quantize_per_channel(
     Raises:
         TypeError, ValueError: an argument that cannot be.
     """
-    qt, scale, zeros = _quantize(t, dtype, -1, scales, zero_points, sym_quant)
+    qt, scale, zeros = _quantize("t", t, dtype, -1, scales, zero_points, sym_quant)
     return qt, scale.flatten(), None if zeros is None else zeros.flatten()
 
 
@@ -72,9 +79,8 @@ def quantize_per_block(
     Raises:
         TypeError, ValueError: an argument that cannot be.
     """
-    if type(group_size) is not int or group_size < 1:
-        raise ValueError(f"group_size is {group_size!r}, but must be a positive integer")
-    return _quantize(input, dtype, group_size, scales, zero_points, sym_quant)
+    _positive(group_size)
+    return _quantize("input", input, dtype, group_size, scales, zero_points, sym_quant)
 
 
 def dequantize_per_channel(
@@ -113,7 +119,13 @@ def dequantize_per_block(
     Raises:
         TypeError, ValueError: an argument that cannot be.
     """
+    _positive(group_size)
     return _dequantize(qt, scales, zps, dtype, group_size, weight_shape, dequant_nf4_via_int8)
+
+
+def _positive(group_size: object) -> None:
+    if type(group_size) is not int or group_size < 1:
+        raise ValueError(f"group_size is {group_size!r}, but must be a positive integer")
 
 
 def weight_kind(dtype: Any) -> str:
@@ -139,6 +151,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def _quantize(
+    name: str,
     t: Tensor,
     dtype: Any,
     group_size: int,
@@ -147,8 +160,10 @@ def _quantize(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     kind = weight_kind(dtype)
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError("the weight must be a floating torch.Tensor")
+    if not _check.held(name, t).is_floating_point():
+        raise TypeError(f"{name} is {t.dtype}, but must be floating")
+    if t.dim() != 2 or not t.numel():
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, but must be [n, k], not empty")
     if kind in ("nf4", "fp8") and not symmetric:
         raise ValueError(f"sym_quant must be True: {kind} has no zero points")
     if scales is None:
@@ -193,6 +208,8 @@ def _dequantize(
 ) -> Tensor:
     kind = weight_kind(dtype)
     k = None if weight_shape is None else int(weight_shape[-1])
+    if _check.held("qt", qt, (_HELD[kind],)).dim() != 2 or not qt.numel():
+        raise ValueError(f"qt has shape {tuple(qt.shape)}, but must be a matrix, not empty")
     codes = unpack_nibbles(qt, k) if kind in ("int4", "nf4") else qt
     n, k = codes.shape
     groups = 1 if group_size == -1 else -(-k // group_size)
@@ -206,8 +223,7 @@ def _dequantize(
 
 
 def _per_group(name: str, x: object, n: int, groups: int) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is {type(x).__name__}, but must be a torch.Tensor")
-    if x.numel() != n * groups or x.shape[0] != n:
+    x = _check.held(name, x)
+    if x.numel() != n * groups or not x.dim() or x.shape[0] != n:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, but must have ({n}, {groups})")
     return x.detach().float().reshape(n, groups)

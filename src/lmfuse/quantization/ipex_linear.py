@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfuse.functional import Quantized, pack_quantized, unpack_quantized
+from lmfuse.functional import Quantized, _check, pack_quantized, unpack_quantized
+from lmfuse.functional.quantized import _group_count
 from lmfuse.modules import QuantizedLinear
 from lmfuse.quantization import published
 from lmfuse.quantization.ipex_codes import (
@@ -125,16 +126,20 @@ class WeightOnlyQuantizedLinear(QuantizedLinear):
         """
         kind = weight_kind(dtype)
         n, k = _sizes(mod)
+        if _check.held("qweight", qweight).dim() != 2 or not qweight.numel():
+            raise ValueError(f"qweight has shape {tuple(qweight.shape)}, but must be a matrix")
         if weight_format != WoqWeightFormat.PLAIN_FORMAT:
             if kind != "int4":
                 raise ValueError(f"weight_format {weight_format!r} is for INT4 weights")
             gptq = weight_format == WoqWeightFormat.GPTQ_FORMAT
+            _check.held("qweight", qweight, (torch.int32,))
             codes = published.gptq_codes(qweight) if gptq else published.awq_codes(qweight)
         else:
             codes = _plain_codes(qweight, kind, k)
         if tuple(codes.shape) != (n, k):
             raise ValueError(f"qweight holds {tuple(codes.shape)} codes, but mod is ({n}, {k})")
-        groups = 1 if group_size == -1 else -(-k // group_size)
+        groups = _group_count(k, group_size)
+        zero_points = None if zero_points is None else _check.held("zero_points", zero_points)
         if zero_points is not None and zero_points.dtype is torch.int32 and groups > 1:
             words = -(-groups // 8)
             if tuple(zero_points.shape) == (n, words) and words != groups:
@@ -224,6 +229,7 @@ class WeightOnlyQuantizedLinear(QuantizedLinear):
     ) -> WeightOnlyQuantizedLinear:
         from lmfuse.quantization import ipex
 
+        _check.vector("bias", bias, _sizes(mod)[0], "the result")
         bias = None if bias is None else bias.detach().clone()
         qconfig = getattr(mod, "qconfig", None)
         if not isinstance(qconfig, ipex.QConfigWoq):
@@ -317,13 +323,14 @@ def _narrow(x: Tensor) -> Tensor:
 
 def _plain_codes(qweight: Tensor, kind: str, k: int) -> Tensor:
     """Codes [n, k] out of the plain format."""
+    _check.held("qweight", qweight)
     if kind in ("int8", "fp8"):
         wanted = torch.int8 if kind == "int8" else torch.float8_e4m3fn
         if qweight.dtype is not wanted:
             raise TypeError(f"qweight is {qweight.dtype}, but must be {wanted}")
         return qweight
     if qweight.dtype is torch.int32:
-        qweight = qweight.contiguous().view(torch.uint8)
+        qweight = qweight.resolve_neg().contiguous().view(torch.uint8)
     if qweight.dtype is not torch.uint8 or qweight.dim() != 2:
         raise TypeError(f"qweight is {qweight.dtype}, but must be uint8 or int32 for four bits")
     return unpack_nibbles(qweight, k)

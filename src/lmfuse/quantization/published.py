@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmfuse.functional import pack_quantized
+from lmfuse.functional import _check, pack_quantized
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -106,17 +106,14 @@ def _pack(
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """[..., 32 / bits] uint8: the numbers in each word, lowest bits first."""
-    octets = words.detach().contiguous().view(torch.uint8).view(*words.shape, 4)
+    octets = words.detach().resolve_neg().contiguous().view(torch.uint8).view(*words.shape, 4)
     if bits == 8:
         return octets
     return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
 
 
 def _words(name: str, words: object, shape: tuple[int, int] | None = None) -> None:
-    if not isinstance(words, Tensor):
-        raise TypeError(f"{name} is {type(words).__name__}, but must be a torch.Tensor")
-    if words.dtype is not torch.int32:
-        raise TypeError(f"{name} is {words.dtype}, but must be int32")
+    words = _check.held(name, words, (torch.int32,))
     if words.dim() != 2 or not words.numel():
         raise ValueError(
             f"{name} has shape {tuple(words.shape)}, but must have two dimensions, neither empty"
@@ -127,8 +124,7 @@ def _words(name: str, words: object, shape: tuple[int, int] | None = None) -> No
 
 def _scales(scales: object, n: int) -> int:
     """The number of groups."""
-    if not isinstance(scales, Tensor):
-        raise TypeError(f"scales is {type(scales).__name__}, but must be a torch.Tensor")
+    scales = _check.held("scales", scales)
     if scales.dim() != 2 or scales.shape[1] != n or not scales.numel():
         raise ValueError(
             f"scales has shape {tuple(scales.shape)}, but must be [groups, {n}] beside this qweight"
@@ -156,8 +152,7 @@ def _act_order(g_idx: Tensor | None, k: int, groups: int, size: int) -> Tensor |
     """g_idx, checked; None where it says what is so without it."""
     if g_idx is None or groups == 1:
         return None
-    if not isinstance(g_idx, Tensor) or g_idx.is_floating_point():
-        raise TypeError("g_idx must be a tensor of integers")
+    g_idx = _check.held("g_idx", g_idx, _check.INTEGERS)
     if tuple(g_idx.shape) != (k,):
         raise ValueError(f"g_idx has shape {tuple(g_idx.shape)}, but must have ({k},)")
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from lmfuse import functional
 from lmfuse.generation.slots import Slots
 
 _DTYPES = (None, torch.int8)
+
+# By the stack that runs them: how large arenas were when it last did, and how many had been made;
+# whose they are; and the arenas.
+_Known: TypeAlias = "tuple[tuple[int, int], list[Layer], functional.DecoderCaches]"
+_Opened: TypeAlias = "WeakKeyDictionary[functional.DecoderStack, _Known]"
 
 
 class Cached(Tensor):
@@ -303,6 +309,7 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _fit(self, slots: int) -> None:
         if self.key_arena.size(1) == slots:
             return
+        self.slots.made += 1
         for name in ("key_arena", "value_arena", "key_scales", "value_scales"):
             old = getattr(self, name)
             if old is not None:
@@ -366,6 +373,7 @@ class Cache(DynamicCache):
         super().__init__(config=config)
         self.kv_dtype = dtype
         self._slots: dict[int | None, Slots] = {}
+        self._opened: _Opened = WeakKeyDictionary()
         self.layers = [self._ours(layer) for layer in self.layers]
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = cast(Any, self._full_layer)
@@ -398,17 +406,21 @@ class Cache(DynamicCache):
         alike = all(layer.slots is slots and layer.seen == seen for layer in found)
         return found if alike else None
 
-    @staticmethod
-    def extend(layers: Sequence[Layer], x: Tensor, kv_heads: int, dim: int) -> list[Tensor]:
+    def extend(
+        self,
+        layers: list[Layer],
+        x: Tensor,
+        kv_heads: int,
+        dim: int,
+        stack: functional.DecoderStack,
+    ) -> functional.DecoderCaches:
         """Takes slots for new tokens in `layers`, which are together, and makes room there.
 
         Args:
             x: [batch, tokens, any]; keys and values will be of its dtype,
             kv_heads, dim: and [batch, kv_heads, tokens, dim].
-
-        Returns:
-            For each layer its arenas of keys and values, and after them those of their scales.
-            Whoever wrote the new keys and values sets `seen` of each layer to `slots.total`.
+            stack: that will write the new keys and values, and whose owner then sets `seen` of each
+                layer to `slots.total`.
 
         Raises:
             ValueError: the batch is not that of the tokens before; nothing is changed.
@@ -416,20 +428,28 @@ class Cache(DynamicCache):
         batch, count, _ = x.shape
         layers[0].take_slots(batch, count)
         slots = layers[0].slots
-        arenas: list[Tensor] = []
+        known = self._opened.get(stack)
+        if known is not None and known[:2] == ((slots.capacity, slots.made), layers):
+            return known[2]
+        if known is not None:
+            self._opened.clear()  # which keeps the arenas that now grow
         for layer in layers:
             if not layer.is_initialized:
                 states = x.new_empty((batch, kv_heads, 0, dim))
                 layer.lazy_initialization(states, states)
             layer._fit(slots.capacity)
-            arenas += layer.arenas()
-        return arenas
+        opened = functional.DecoderCaches(stack, [a for layer in layers for a in layer.arenas()])
+        self._opened[stack] = (slots.capacity, slots.made), layers, opened
+        return opened
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": WeakKeyDictionary()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         new: Cache = type(self).__new__(type(self))
         memo[id(self)] = new
         # A method of this cache would stay one: deepcopy takes functions as they are.
-        vars(new).update(copy.deepcopy(vars(self), memo))
+        vars(new).update(copy.deepcopy(self.__getstate__(), memo))
         if new.layer_class_to_replicate is not None:
             new.layer_class_to_replicate = cast(Any, new._full_layer)
         return new

@@ -232,12 +232,14 @@ class _Run:
         held = cache.together([a.layer_idx for a in self.attention])
         if held is None:
             return None
-        return self._run(hidden_states, mask if attention._hides(mask) else None, held, tables)
+        mask = mask if attention._hides(mask) else None
+        return self._run(hidden_states, mask, cache, held, tables)
 
     def _run(
         self,
         hidden_states: Tensor,
         mask: Tensor | None,
+        cache: Cache,
         held: list[Layer],
         tables: tuple[Tensor | None, Tensor | None],
     ) -> Tensor | None:
@@ -246,7 +248,7 @@ class _Run:
         slots = held[0].slots
         before = slots.total
         try:
-            arenas = Cache.extend(held, hidden_states, form.kv_heads, form.head_dim)
+            arenas = cache.extend(held, hidden_states, form.kv_heads, form.head_dim, stack)
             found = slots.padded(mask, hidden_states.shape[1])
             if found is None:
                 return None  # the slots wait for the modules

@@ -12,7 +12,7 @@ from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.processors import quickened
 from lmfuse.generation.search import SharesPrompts
 from lmfuse.generation.tuples import TupleCache, placeholders
-from lmfuse.hf import attention, attention_modules, config, decoder, swap
+from lmfuse.hf import attention, attention_modules, config, decoder, step, swap
 from lmfuse.hf.inputs import Explains
 from lmfuse.hf.tracing import TakesTuples, forget_graphs
 
@@ -25,7 +25,7 @@ _LOOPS = (
 )
 
 
-class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
+class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fused):
     """A model that generates with `lmfuse.generation.Cache` where the caller named no cache."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -37,7 +37,7 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See transformers' `GenerationMixin.generate`."""
-        with decoder.generating():
+        with decoder.generating(), step.stepping(self):
             return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
@@ -45,6 +45,8 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
         settings, model_kwargs, mode, batch = (*args, *kwargs.values())[:4]
         done = super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
+        if mode in _LOOPS:
+            step.looping(self)
         if (
             type(cache) is DynamicCache
             and not getattr(cache, "_is_user_defined", False)
@@ -95,6 +97,7 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
 def join(model: nn.Module, done: swap.Report) -> None:
     """Gives the transformers models in `model` our attention and our cache; `leave` undoes it."""
     attention.register()
+    generating: list[PreTrainedModel] = []
     for name, root in _roots(model):
         where = f"{name}.attention".lstrip(".")
         reason = _against(root)
@@ -107,7 +110,12 @@ def join(model: nn.Module, done: swap.Report) -> None:
         done.replaced[where] = "attention"
         if isinstance(root, GenerationMixin) and root.can_generate():
             swap.put(root, swap.Swap(swap.subclass(FusedGeneration, type(root)), "generate"))
+            generating.append(root)
     decoder.join(model, done)
+    for root in generating:
+        if (form := step.find(root)) is not None:
+            stock = type(root).fused_stock  # type: ignore[attr-defined]
+            swap.put(root, swap.Swap(swap.subclass(FusedGeneration, stock, fused_step=form), ""))
 
 
 def leave(model: nn.Module) -> None:

@@ -443,13 +443,16 @@ class Cache(DynamicCache):
         return opened
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_opened": WeakKeyDictionary()}
+        return {k: v for k, v in vars(self).items() if k != "_opened"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _opened=WeakKeyDictionary())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         new: Cache = type(self).__new__(type(self))
         memo[id(self)] = new
         # A method of this cache would stay one: deepcopy takes functions as they are.
-        vars(new).update(copy.deepcopy(self.__getstate__(), memo))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         if new.layer_class_to_replicate is not None:
             new.layer_class_to_replicate = cast(Any, new._full_layer)
         return new

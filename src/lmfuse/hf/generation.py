@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, masking_utils
 from transformers.generation.configuration_utils import GenerationMode
 
 from lmfuse.generation.cache import Cache, Layer
@@ -41,7 +41,11 @@ class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fus
             return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Ours, where transformers prepares a DynamicCache for a loop that we know."""
+        """Ours, where transformers prepares a DynamicCache for a loop that we know.
+
+        Not for what is compiled: Dynamo breaks its graph at our lists of slots, and traces a
+        DynamicCache.
+        """
         settings, model_kwargs, mode, batch = (*args, *kwargs.values())[:4]
         done = super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
@@ -52,6 +56,7 @@ class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fus
             and not getattr(cache, "_is_user_defined", False)
             and mode in _LOOPS
             and settings.cache_implementation is None
+            and not any(map(_compiled, self.modules()))  # type: ignore[attr-defined]
         ):
             if "trace_graph" in vars(self):
                 model_kwargs["past_key_values"] = TupleCache(placeholders(self.config, batch))
@@ -62,6 +67,14 @@ class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fus
             ):
                 model_kwargs["past_key_values"] = ours
         return done
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """Masks for a cache of fixed length, by the config that says whose attention it is."""
+        ours = self.base_model.config  # type: ignore[attr-defined]
+        if isinstance(ours, config.View):
+            kwargs["config"] = ours
+        make = getattr(super(), "create_masks_for_generate", masking_utils.create_masks_for_generate)
+        return make(**kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         return quickened(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]
@@ -123,6 +136,15 @@ def leave(model: nn.Module) -> None:
     for module in model.modules():
         forget_graphs(module)
     config.take(model)
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was called on `module` or its forward."""
+    return (
+        "_orig_mod" in module._modules  # torch.compile(module); next: module.compile()
+        or module._compiled_call_impl is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    )
 
 
 def _roots(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:

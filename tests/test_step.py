@@ -160,15 +160,12 @@ def test_a_cache_of_fixed_length(family: str) -> None:
 
 def test_a_compiled_forward_has_no_graph_breaks() -> None:
     model = lmfuse.optimize(make())
-    expected = {beams: generate(model, num_beams=beams) for beams in (1, 2)}
-    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    expected = generate(model, max_new_tokens=4)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=True)
     torch._dynamo.utils.counters.clear()
-    for beams, ids in expected.items():
-        assert torch.equal(generate(model, num_beams=beams), ids)
+    assert torch.equal(generate(model, max_new_tokens=4), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
-    del model.forward
-    assert torch.equal(generate(model), expected[1])
 
 
 def test_what_is_compiled() -> None:

@@ -186,10 +186,9 @@ int64_t decoder_open(std::vector<Tensor> parameters, Tensor layout, Tensor numbe
 
 void decoder_close(int64_t stack) { Kept<DecoderStack>::forget(stack); }
 
-// The number of caches for the layers of a stack; they are kept until closed.
-int64_t decoder_open_caches(std::vector<Tensor> caches, int64_t stack) {
-  const auto of = Kept<DecoderStack>::find(stack, "stack");
-  return Kept<DecoderCaches>::keep(std::make_shared<DecoderCaches>(std::move(caches), of->layers()));
+// The number of caches that are kept until they are closed.
+int64_t decoder_open_caches(std::vector<Tensor> caches) {
+  return Kept<DecoderCaches>::keep(std::make_shared<DecoderCaches>(std::move(caches)));
 }
 
 void decoder_close_caches(int64_t caches) { Kept<DecoderCaches>::forget(caches); }
@@ -213,9 +212,7 @@ Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, Tensor slots
       LMFUSE_CHECK_VALUE(linear.quantized || linear.type == type,
                          "hidden_states must have the dtype of the weights");
     });
-  LMFUSE_CHECK(arenas.fits(known->layers()), "the caches were opened for another stack");
-  LMFUSE_CHECK(arenas.type == KvType::i8 || static_cast<int>(arenas.type) == static_cast<int>(type),
-               "the caches must have the dtype of hidden_states, or be int8");
+  arenas.check(known->layers(), type);
   DecoderCall c{known->layers(), arenas.layers};
   c.batch = hidden_states.size(0);
   c.tokens = hidden_states.size(1);
@@ -251,7 +248,7 @@ Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, Tensor slots
 STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
   m.def("decoder_open(Tensor[] parameters, Tensor layout, Tensor numbers) -> int");
   m.def("decoder_close(int stack) -> ()");
-  m.def("decoder_open_caches(Tensor[] caches, int stack) -> int");
+  m.def("decoder_open_caches(Tensor[] caches) -> int");
   m.def("decoder_close_caches(int caches) -> ()");
   m.def(
       "decoder(Tensor hidden_states, int stack, int caches, Tensor slots,"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,10 +22,9 @@ from lmfuse.generation.slots import Slots
 
 _DTYPES = (None, torch.int8)
 
-# By the stack that runs them: how large arenas were when it last did, and how many had been made;
-# whose they are; and the arenas.
-_Known: TypeAlias = "tuple[tuple[int, int], list[Layer], functional.DecoderCaches]"
-_Opened: TypeAlias = "WeakKeyDictionary[functional.DecoderStack, _Known]"
+# How large arenas were when layers last ran whole, and how many had been made; which layers, and
+# their arenas.
+_Opened: TypeAlias = "tuple[tuple[int, int], list[Layer], functional.DecoderCaches]"
 
 
 class Cached(Tensor):
@@ -373,7 +371,7 @@ class Cache(DynamicCache):
         super().__init__(config=config)
         self.kv_dtype = dtype
         self._slots: dict[int | None, Slots] = {}
-        self._opened: _Opened = WeakKeyDictionary()
+        self._opened: dict[Layer, _Opened] = {}  # by the first of the layers
         self.layers = [self._ours(layer) for layer in self.layers]
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = cast(Any, self._full_layer)
@@ -407,20 +405,17 @@ class Cache(DynamicCache):
         return found if alike else None
 
     def extend(
-        self,
-        layers: list[Layer],
-        x: Tensor,
-        kv_heads: int,
-        dim: int,
-        stack: functional.DecoderStack,
+        self, layers: list[Layer], x: Tensor, kv_heads: int, dim: int
     ) -> functional.DecoderCaches:
         """Takes slots for new tokens in `layers`, which are together, and makes room there.
 
         Args:
             x: [batch, tokens, any]; keys and values will be of its dtype,
             kv_heads, dim: and [batch, kv_heads, tokens, dim].
-            stack: that will write the new keys and values, and whose owner then sets `seen` of each
-                layer to `slots.total`.
+
+        Returns:
+            The arenas of the layers. Whoever wrote the new keys and values sets `seen` of each
+            layer to `slots.total`.
 
         Raises:
             ValueError: the batch is not that of the tokens before; nothing is changed.
@@ -428,31 +423,32 @@ class Cache(DynamicCache):
         batch, count, _ = x.shape
         layers[0].take_slots(batch, count)
         slots = layers[0].slots
-        known = self._opened.get(stack)
-        if known is not None and known[:2] == ((slots.capacity, slots.made), layers):
+        known = self._opened.get(layers[0])
+        if known is not None and known[1] == layers and self._open(layers[0]):
             return known[2]
-        if known is not None:
-            self._opened.clear()  # which keeps the arenas that now grow
+        for first in [f for f in self._opened if f.slots is slots and not self._open(f)]:
+            del self._opened[first]  # before arenas grow: it holds those that were
         for layer in layers:
             if not layer.is_initialized:
                 states = x.new_empty((batch, kv_heads, 0, dim))
                 layer.lazy_initialization(states, states)
             layer._fit(slots.capacity)
-        opened = functional.DecoderCaches(stack, [a for layer in layers for a in layer.arenas()])
-        self._opened[stack] = (slots.capacity, slots.made), layers, opened
+        opened = functional.DecoderCaches([a for layer in layers for a in layer.arenas()])
+        self._opened[layers[0]] = (slots.capacity, slots.made), layers, opened
         return opened
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "_opened"}
+    def _open(self, first: Layer) -> bool:
+        """Whether what was opened for `first` and others is what they have."""
+        return self._opened[first][0] == (first.slots.capacity, first.slots.made)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _opened=WeakKeyDictionary())
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         new: Cache = type(self).__new__(type(self))
         memo[id(self)] = new
         # A method of this cache would stay one: deepcopy takes functions as they are.
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        vars(new).update(copy.deepcopy(self.__getstate__(), memo))
         if new.layer_class_to_replicate is not None:
             new.layer_class_to_replicate = cast(Any, new._full_layer)
         return new

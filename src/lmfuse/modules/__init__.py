@@ -5,7 +5,7 @@ from lmfuse.modules.attention import (
     PagedAttention,
     VarlenAttention,
 )
-from lmfuse.modules.decoder import DecoderLayers
+from lmfuse.modules.decoder import DecoderLayers, described_linear
 from lmfuse.modules.linear import Embedding, Linear
 from lmfuse.modules.linear_fusion import (
     ConcatLinear,
@@ -35,6 +35,7 @@ from lmfuse.modules.rope import RotaryEmbedding
 __all__ = [
     "ConcatLinear",
     "DecoderLayers",
+    "described_linear",
     "Embedding",
     "FastLayerNorm",
     "IndirectAccessKVCacheAttention",

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import batch, make
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import lmfuse
 from lmfuse.generation import Cache
 from lmfuse.hf import generation, step
+from test_models import batch, make
 
 # Families whose forward is embedding, angles, layers, norm and head.
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "olmo2", "gpt_neox")

@@ -73,7 +73,9 @@ class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fus
         ours = self.base_model.config  # type: ignore[attr-defined]
         if isinstance(ours, config.View):
             kwargs["config"] = ours
-        make = getattr(super(), "create_masks_for_generate", masking_utils.create_masks_for_generate)
+        make = getattr(
+            super(), "create_masks_for_generate", masking_utils.create_masks_for_generate
+        )
         return make(**kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +87,16 @@ class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fus
             config.rename(self, attention.NAME)  # type: ignore[arg-type]
             if isinstance(self.config, config.View) and self.base_model is not self:
                 self.config = self.config.lmfuse_stock  # continuous batching gave it the other
+        elif isinstance(attn_implementation, dict):
+            # By part of the config: the parts that modules know are views.
+            given, self.config = self.config, self.base_model.config  # type: ignore[has-type]
+            try:
+                super().set_attn_implementation(  # type: ignore[misc]
+                    attn_implementation, *args, **kwargs
+                )
+            finally:
+                self.config = given
+            config.tell(self, (attention.NAME, attention.PAGED_NAME))  # type: ignore[arg-type]
         else:
             super().set_attn_implementation(  # type: ignore[misc]
                 attn_implementation, *args, **kwargs

@@ -1,10 +1,10 @@
 """The steps of `generate` after the first, with less Python around the layers.
 
 A step of a few milliseconds has thrown out of the caches all that Python looks at, and between two
-runs of the decoder op transformers looks at a lot: 1.4 ms in SmolLM2, on a Zen 4. Here a step is the
-embedding, the angles, the layers, the norm and the head of the model, called as its own forward
-calls them; and what a step needs is prepared in three operations rather than in twelve. So it is
-where trying both has shown that the forward does nothing else, and while nobody looks at it.
+runs of the decoder op transformers looks at a lot: 1.5 ms in SmolLM2, on a Zen 4. Here a step is
+the embedding, the angles, the layers, the norm and the head, called as the model's own forward
+calls them, where trying both has shown that it does nothing else, and while nobody looks at it; and
+its inputs are made of those of the step before in three operations, not in twelve: 1.1 ms.
 """
 
 from __future__ import annotations

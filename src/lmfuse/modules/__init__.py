@@ -35,7 +35,6 @@ from lmfuse.modules.rope import RotaryEmbedding
 __all__ = [
     "ConcatLinear",
     "DecoderLayers",
-    "described_linear",
     "Embedding",
     "FastLayerNorm",
     "IndirectAccessKVCacheAttention",
@@ -54,6 +53,7 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "VarlenAttention",
+    "described_linear",
     "linear2SiluMul",
     "linearAdd",
     "linearAddAdd",

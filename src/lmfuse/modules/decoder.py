@@ -57,8 +57,8 @@ class DecoderLayers(nn.ModuleList):
         Returns:
             None where the layers have to run as the modules that they are: in grad mode, under
             autocast or tracing, with hooks or a replaced forward inside of them, over weights that
-            are neither packed nor quantized, with caches of another dtype than hidden_states, or with a mask that
-            hides positions behind others that are seen.
+            are neither packed nor quantized, with caches of another dtype than hidden_states, or
+            with a mask that hides positions behind others that are seen.
         """
         run = self._found(hidden_states)
         if run is None or run.stack is None:

@@ -1,4 +1,4 @@
-"""What some modules consist of, and whether somebody looks inside: what an op in their place asks."""
+"""What modules consist of, and whether somebody looks inside, as an op in their place asks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class Parts:
     def __init__(self, modules: Iterable[nn.Module], owners: Iterable[nn.Module] = ()) -> None:
         each = list(modules)
         self.namespaces = [vars(m) for m in each]
-        self.hooks: list[Hooks] = [h for m in each for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooks: list[Hooks] = [
+            h for m in each for h in (m._forward_hooks, m._forward_pre_hooks)
+        ]
         self.parents = [m._modules for m in dict.fromkeys((*owners, *each)) if m._modules]
         self.children = [dict(m) for m in self.parents]
         owned = [(m._parameters, name) for m in each for name in m._parameters]

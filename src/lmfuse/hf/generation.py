@@ -56,7 +56,7 @@ class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fus
             and not getattr(cache, "_is_user_defined", False)
             and mode in _LOOPS
             and settings.cache_implementation is None
-            and not any(map(_compiled, self.modules()))  # type: ignore[attr-defined]
+            and not any(map(_compiled, self.modules()))
         ):
             if "trace_graph" in vars(self):
                 model_kwargs["past_key_values"] = TupleCache(placeholders(self.config, batch))
@@ -70,9 +70,9 @@ class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fus
 
     def create_masks_for_generate(self, **kwargs: Any) -> Any:
         """Masks for a cache of fixed length, by the config that says whose attention it is."""
-        ours = self.base_model.config  # type: ignore[attr-defined]
-        if isinstance(ours, config.View):
-            kwargs["config"] = ours
+        base: Any = self.base_model
+        if isinstance(base.config, config.View):
+            kwargs["config"] = base.config
         make = getattr(
             super(), "create_masks_for_generate", masking_utils.create_masks_for_generate
         )
@@ -89,7 +89,8 @@ class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fus
                 self.config = self.config.lmfuse_stock  # continuous batching gave it the other
         elif isinstance(attn_implementation, dict):
             # By part of the config: the parts that modules know are views.
-            given, self.config = self.config, self.base_model.config  # type: ignore[has-type]
+            base: Any = self.base_model
+            given, self.config = self.config, base.config
             try:
                 super().set_attn_implementation(  # type: ignore[misc]
                     attn_implementation, *args, **kwargs

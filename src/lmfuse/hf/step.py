@@ -164,16 +164,9 @@ def _prepare(
         or attention_mask is not steps.last
         or not kwargs.keys() <= _KNOWN
     ):
-        return GenerationMixin.prepare_inputs_for_generation(
-            self,
-            input_ids,
-            next_sequence_length,
-            past_key_values,
-            attention_mask,
-            inputs_embeds,
-            is_first_iteration,
-            **kwargs,
-        )
+        given = (input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds)
+        stock: Any = GenerationMixin.prepare_inputs_for_generation
+        return stock(self, *given, is_first_iteration, **kwargs)
     inputs = {"input_ids": input_ids[:, -1:].contiguous(), "past_key_values": past_key_values}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
@@ -245,7 +238,7 @@ def _parts(model: Any) -> _Parts | None:
     for module in (model, base):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return None
-    owner = next(k for k in type(base).__mro__ if "forward" in vars(k))
+    owner: Any = next(k for k in type(base).__mro__ if "forward" in vars(k))
     forward = owner.forward
     own = forward.__module__ == owner.__module__
     layers: Any = model.get_submodule(form.layers)
@@ -282,7 +275,7 @@ def _named(model: Any, base: nn.Module) -> Form | None:
     )
     if any(part not in names for part in parts):
         return None
-    return Form(*(names[part] for part in parts))  # type: ignore[index]
+    return Form(*(names[part] for part in parts))
 
 
 def _does(model: Any, form: Form) -> bool:
@@ -300,7 +293,7 @@ def _does(model: Any, form: Form) -> bool:
 
     spy = _bare(next(iter(layers._modules.values())))
     vars(spy)["forward"] = layer
-    only = {form.layers: nn.ModuleList([spy])}
+    only: dict[str, nn.Module] = {form.layers: nn.ModuleList([spy])}
     copies = _copied(model, "", form, only)
     ids, positions = torch.tensor([[1, 0]]), torch.tensor([[3, 4]])
     cache = Cache(model.config.get_text_config(decoder=True))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, GPTJConfig, GPTJPreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm, fast_layer_norm
+from lmfuse.functional import DecoderLayer, DecoderNorm, fast_layer_norm
 from lmfuse.modules import (
     ConcatLinear,
     DecoderLayers,
@@ -26,6 +26,7 @@ from lmfuse.modules import (
     LinearAddAdd,
     LinearNewGelu,
     RotaryEmbedding,
+    described_linear,
 )
 
 LayerPast = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -114,7 +115,7 @@ class GPTJBlock(nn.Module):
         attn, mlp, ln = self.attn, self.mlp, self.ln_1
         norm = DecoderNorm(ln.weight, ln.bias, ln.eps, centered=True)
         linears = [attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj, mlp.fc_in, mlp.fc_out]
-        q, k, v, out, fc_in, fc_out = (DecoderLinear(m.weight, m.bias) for m in linears)
+        q, k, v, out, fc_in, fc_out = map(described_linear, linears)
         return DecoderLayer(
             attn.heads,
             attn.heads,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig, LlamaPreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm
+from lmfuse.functional import DecoderLayer, DecoderNorm
 from lmfuse.modules import (
     ConcatLinear,
     DecoderLayers,
@@ -27,6 +27,7 @@ from lmfuse.modules import (
     LinearAdd,
     RMSNorm,
     RotaryEmbedding,
+    described_linear,
 )
 
 LayerPast = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -122,7 +123,7 @@ class LlamaDecoderLayer(nn.Module):
             attn.heads,
             attn.kv_heads,
             attn.head_dim,
-            *(DecoderLinear(linear.weight, linear.bias) for linear in linears),
+            *map(described_linear, linears),
             scale=attn.head_dim**-0.5,
             attention_input=norms[0],
             mlp_input=norms[1],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, OPTConfig, OPTPreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm, fast_layer_norm
+from lmfuse.functional import DecoderLayer, DecoderNorm, fast_layer_norm
 from lmfuse.modules import (
     ConcatLinear,
     DecoderLayers,
@@ -26,6 +26,7 @@ from lmfuse.modules import (
     LinearAdd,
     LinearGelu,
     LinearRelu,
+    described_linear,
 )
 
 LayerPast = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -116,7 +117,7 @@ class OPTDecoderLayer(nn.Module):
         for norm in (self.self_attn_layer_norm, self.final_layer_norm):
             norms.append(DecoderNorm(norm.weight, norm.bias, norm.eps, centered=True))
         linears = [attn.q_proj, attn.k_proj, attn.v_proj, attn.out_proj, self.fc1, self.fc2]
-        q, k, v, out, fc1, fc2 = (DecoderLinear(m.weight, m.bias) for m in linears)
+        q, k, v, out, fc1, fc2 = map(described_linear, linears)
         return DecoderLayer(
             attn.heads,
             attn.heads,

@@ -207,6 +207,31 @@ def test_int8_cache(isa: str) -> None:
     assert_same_bits(run.pieces(19), y)
 
 
+def test_caches_kept_open() -> None:
+    """They are the tensors that they were made of, also where those lie elsewhere by now."""
+    x = torch.randn(2, 9, HIDDEN)
+    run = Run([make(F32, rotary_dim=DIM) for _ in range(2)], x)
+    expected = run.pieces(9)
+    tensors = run.caches
+    whole = [c.clone() for c in tensors]
+    kept: Any = functional.DecoderCaches(tensors)
+    run.caches = kept
+    for cache in tensors:
+        cache.zero_()
+    first = run.piece(0, 5)
+    copied = copy.deepcopy(kept)
+    for cache in tensors:
+        cache.data = cache.clone()
+    assert_same_bits(torch.cat([first, run.piece(5, 9)], 1), expected)
+    assert all(map(torch.equal, tensors, whole))
+    assert not any(map(torch.equal, copied.tensors, whole))
+    run.caches = copied
+    assert_same_bits(run.piece(5, 9), expected[:, 5:])
+    run.caches = functional.DecoderCaches(tensors[:2])
+    with pytest.raises(ValueError, match="for 1 layers, but there are 2"):
+        run.piece(5, 9)
+
+
 def test_bad_layouts() -> None:
     x = torch.randn(2, 5, HIDDEN)
     run = Run([make(F32, rotary_dim=DIM)], x)

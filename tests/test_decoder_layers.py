@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lmfuse
-from lmfuse.modules import DecoderLayers
+from lmfuse.modules import DecoderLayers, QuantizedLinear
 from lmfuse.modules.decoder_cache import Presents
+from lmfuse.quantization import WeightOnlyConfig
 from test_examples import MODELS, VOCAB, _randomized
 
 NORMS_LAST = "opt, untied, norms last, narrow embedding, gelu"  # no layer that the op computes
@@ -103,6 +104,30 @@ def test_gives_what_the_layers_give(model: Any, columns: int, shared: bool, padd
     with Apart(model):
         expected = steps(model, columns, shared, padded, whole=False)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "compute"), [(8, None), (4, None), (4, "int8"), (4, "fp32")], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "gptj", "opt"])
+def test_quantized_layers_run_whole(name: str, bits: int, compute: str | None) -> None:
+    """Each with the compute that it has, also one that was set later."""
+    _, kind, config = MODELS[name]
+    torch.manual_seed(0)
+    plain = _randomized(kind(config()))
+    quantized = lmfuse.quantize(plain, WeightOnlyConfig(bits, group_size=32))
+    model = lmfuse.optimize(quantized, inplace=True)
+    linears = [m for m in layers_of(model).modules() if isinstance(m, QuantizedLinear)]
+    assert linears
+    before = steps(model, 2, False, True, whole=True)
+    changed = [m for m in linears[::2] if compute not in (None, m.compute)]
+    for linear in changed:
+        linear.compute = compute
+    found = steps(model, 2, False, True, whole=True)
+    with Apart(model):
+        expected = steps(model, 2, False, True, whole=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+    assert torch.equal(found, before) != bool(changed)
 
 
 def test_goes_on_where_the_layers_were(llama: Any) -> None:

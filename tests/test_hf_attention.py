@@ -228,7 +228,7 @@ def test_generate_gives_the_ids_of_the_stock_model(
 
     # Layers append by themselves, or all of them in one step where they run whole.
     monkeypatch.setattr(Cache, "update", counting(Cache.update))
-    monkeypatch.setattr(Cache, "extend", staticmethod(counting(Cache.extend)))
+    monkeypatch.setattr(Cache, "extend", counting(Cache.extend))
     for mode in MODES:
         used = 0
         expected = generate(stock, mode)

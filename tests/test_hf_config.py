@@ -102,3 +102,54 @@ def test_configs_within_a_config_have_views_of_their_own() -> None:
     other = copy.copy(inner.lmfuse_stock)
     model.model.config.text_config = other
     assert model.config.text_config is model.model.config.text_config is other
+
+
+def composite(family: str) -> Any:
+    """Text and vision, each with a config of its own."""
+    part = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    part["num_attention_heads"] = 4
+    text = {**part, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96}
+    made = transformers.AutoConfig.for_model(
+        family,
+        text_config={**text, "max_position_embeddings": 64},
+        vision_config={**part, "image_size": 16, "patch_size": 4},
+        image_token_index=95,
+    )
+    torch.manual_seed(0)
+    auto: Any = transformers.AutoModelForImageTextToText
+    return auto.from_config(made).eval()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava"])
+def test_attention_by_part_of_the_config(family: str) -> None:
+    """What a part is told, it alone does; our names are not written into the caller's config."""
+    stock = composite(family)
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = stock.generate(ids, **options)
+    model = lmfuse.optimize(stock)
+
+    def told() -> tuple[Any, ...]:
+        assert torch.equal(model.generate(ids, **options), expected)
+        parts = (model.model.language_model, model.model.vision_tower)
+        names = [m.config._attn_implementation for m in (model.model, *parts)]
+        seen = model.config, model.config.text_config, model.config.vision_config
+        return (*names, *(c._attn_implementation for c in seen))
+
+    ours = attention.NAME
+    assert told() == (ours, ours, ours, "sdpa", "sdpa", "sdpa")
+    for asked, then in (
+        ({"text_config": ours}, (ours, ours, ours, "sdpa", "sdpa", "sdpa")),
+        ({"text_config": "eager"}, (ours, "eager", ours, "sdpa", "eager", "sdpa")),
+        (
+            {"text_config": ours, "vision_config": "eager"},
+            (ours, ours, "eager", "sdpa", "eager", "sdpa"),
+        ),
+        ({"": "sdpa"}, ("sdpa", ours, "eager", "sdpa", "eager", "eager")),
+        (ours, (ours, ours, ours, "sdpa", "eager", "eager")),
+    ):
+        model.set_attn_implementation(asked)
+        assert told()[: len(then)] == then, asked
+    with pytest.raises(ValueError, match="nothing"):
+        model.set_attn_implementation({"text_config": "nothing"})
+    assert told()[:2] == (ours, ours)

@@ -180,19 +180,29 @@ int64_t team_size(const DecoderCall& c) {
 
 // The number of a stack that lives until it is closed.
 int64_t decoder_open(std::vector<Tensor> parameters, Tensor layout, Tensor numbers) {
-  return DecoderStack::keep(std::make_shared<DecoderStack>(std::move(parameters), layout, numbers));
+  return Kept<DecoderStack>::keep(
+      std::make_shared<DecoderStack>(std::move(parameters), layout, numbers));
 }
 
-void decoder_close(int64_t stack) { DecoderStack::forget(stack); }
+void decoder_close(int64_t stack) { Kept<DecoderStack>::forget(stack); }
+
+// The number of caches that are kept until they are closed.
+int64_t decoder_open_caches(std::vector<Tensor> caches) {
+  return Kept<DecoderCaches>::keep(std::make_shared<DecoderCaches>(std::move(caches)));
+}
+
+void decoder_close_caches(int64_t caches) { Kept<DecoderCaches>::forget(caches); }
 
 // hidden_states [batch, tokens, hidden]; see functional/decoder.py for the others.
-Tensor decoder(Tensor hidden_states, int64_t stack, std::vector<Tensor> caches, Tensor slots,
+Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, Tensor slots,
                Tensor block_tables, Tensor cu_seqlens, std::optional<Tensor> cos,
                std::optional<Tensor> sin) {
   LMFUSE_CHECK(hidden_states.is_cpu() && hidden_states.dim() == 3 && hidden_states.numel() > 0,
                "hidden_states must be a CPU tensor [batch, tokens, hidden], and not be empty");
   if (!hidden_states.is_contiguous()) hidden_states = torch::stable::contiguous(hidden_states);
-  const std::shared_ptr<const DecoderStack> known = DecoderStack::find(stack);
+  const auto known = Kept<DecoderStack>::find(stack, "stack");
+  const auto kept = Kept<DecoderCaches>::find(caches, "caches");
+  const DecoderCaches& arenas = *kept;
   const DType type = dtype(hidden_states, "hidden_states");
   const DecoderLayer& first = known->layers()[0];
   LMFUSE_CHECK_VALUE(hidden_states.size(2) == first.hidden(), "hidden_states must have ",
@@ -202,7 +212,7 @@ Tensor decoder(Tensor hidden_states, int64_t stack, std::vector<Tensor> caches, 
       LMFUSE_CHECK_VALUE(linear.quantized || linear.type == type,
                          "hidden_states must have the dtype of the weights");
     });
-  const DecoderCaches arenas(caches, known->layers(), type);
+  arenas.check(known->layers(), type);
   DecoderCall c{known->layers(), arenas.layers};
   c.batch = hidden_states.size(0);
   c.tokens = hidden_states.size(1);
@@ -238,19 +248,23 @@ Tensor decoder(Tensor hidden_states, int64_t stack, std::vector<Tensor> caches, 
 STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
   m.def("decoder_open(Tensor[] parameters, Tensor layout, Tensor numbers) -> int");
   m.def("decoder_close(int stack) -> ()");
+  m.def("decoder_open_caches(Tensor[] caches) -> int");
+  m.def("decoder_close_caches(int caches) -> ()");
   m.def(
-      "decoder(Tensor hidden_states, int stack, Tensor(a!)[] caches, Tensor slots,"
+      "decoder(Tensor hidden_states, int stack, int caches, Tensor slots,"
       " Tensor block_tables, Tensor cu_seqlens, Tensor? cos, Tensor? sin) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) {
   m.impl("decoder_open", TORCH_BOX(&decoder_open));
+  m.impl("decoder_open_caches", TORCH_BOX(&decoder_open_caches));
   m.impl("decoder", TORCH_BOX(&decoder));
 }
 
-// No tensor tells this which device it belongs to.
+// No tensor tells these which device they belong to.
 STABLE_TORCH_LIBRARY_IMPL(lmfuse, CompositeExplicitAutograd, m) {
   m.impl("decoder_close", TORCH_BOX(&decoder_close));
+  m.impl("decoder_close_caches", TORCH_BOX(&decoder_close_caches));
 }
 
 }  // namespace lmfuse

@@ -5,10 +5,9 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
-#include <unordered_map>
 #include <vector>
 
+#include "kept.h"
 #include "kv.h"
 #include "packed.h"
 #include "quantized.h"
@@ -274,57 +273,21 @@ class DecoderStack {
 
   const std::vector<DecoderLayer>& layers() const { return layers_; }
 
-  bool current() const {
-    for (size_t i = 0; i < parameters_.size(); ++i)
-      if (parameters_[i].const_data_ptr() != memory_[i]) return false;
-    return true;
-  }
-
-  // Looked up by number, for the stable ABI passes no objects.
-  static int64_t keep(std::shared_ptr<DecoderStack> stack) {
-    const std::lock_guard<std::mutex> lock(mutex());
-    static int64_t last = 0;
-    all()[++last] = std::move(stack);
-    return last;
-  }
-  static void forget(int64_t number) {
-    const std::lock_guard<std::mutex> lock(mutex());
-    all().erase(number);
-  }
-  static std::shared_ptr<const DecoderStack> find(int64_t number) {
-    const std::lock_guard<std::mutex> lock(mutex());
-    const auto found = all().find(number);
-    LMFUSE_CHECK_VALUE(found != all().end(), "there is no stack ", number);
-    if (!found->second->current()) {
-      auto again = std::make_shared<DecoderStack>(*found->second);
-      again->read();
-      found->second = again;
-    }
-    return found->second;
+  bool current() const { return parameters_.current(); }
+  std::shared_ptr<const DecoderStack> again() const {
+    auto other = std::make_shared<DecoderStack>(*this);
+    other->parameters_ = KeptTensors(parameters_.all);
+    other->read();
+    return other;
   }
 
  private:
-  void read() {
-    layers_ = DecoderReader(parameters_).layers(layout_, numbers_);
-    memory_.clear();
-    for (const Tensor& t : parameters_) memory_.push_back(t.const_data_ptr());
-  }
+  void read() { layers_ = DecoderReader(parameters_.all).layers(layout_, numbers_); }
 
-  // Never destroyed: torch may be gone by then.
-  static std::unordered_map<int64_t, std::shared_ptr<DecoderStack>>& all() {
-    static auto* const stacks = new std::unordered_map<int64_t, std::shared_ptr<DecoderStack>>();
-    return *stacks;
-  }
-  static std::mutex& mutex() {
-    static auto* const mutex = new std::mutex();
-    return *mutex;
-  }
-
-  std::vector<Tensor> parameters_;
+  KeptTensors parameters_;
   std::vector<int64_t> layout_;
   std::vector<double> numbers_;
   std::vector<DecoderLayer> layers_;
-  std::vector<const void*> memory_;
 };
 
 // Where the keys and values of a layer are.
@@ -333,39 +296,64 @@ struct DecoderCache {
 };
 
 // Caches [kv_heads, slots, head_dim], for each layer keys and values; of int8 also their scales,
-// [kv_heads, slots].
-struct DecoderCaches {
+// [kv_heads, slots]. Kept as well, for to hand over 60 tensors takes 0.1 ms.
+class DecoderCaches {
+ public:
+  explicit DecoderCaches(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) { read(); }
+
+  bool current() const { return tensors_.current(); }
+  std::shared_ptr<const DecoderCaches> again() const {
+    return std::make_shared<DecoderCaches>(tensors_.all);
+  }
+
+  void check(const std::vector<DecoderLayer>& of, DType dtype) const {
+    LMFUSE_CHECK_VALUE(layers.size() == of.size(), "the caches are for ",
+                       static_cast<int64_t>(layers.size()), " layers, but there are ",
+                       static_cast<int64_t>(of.size()));
+    LMFUSE_CHECK(kv_heads_ == of[0].kv_heads && head_dim_ == of[0].head_dim,
+                 "a cache must be a CPU tensor [", of[0].kv_heads, ", slots, ", of[0].head_dim,
+                 "]");
+    LMFUSE_CHECK(type_ == KvType::i8 || static_cast<int>(type_) == static_cast<int>(dtype),
+                 "the caches must have the dtype of hidden_states, or be int8");
+  }
+
   std::vector<DecoderCache> layers;
   int64_t slots;  // that all have
 
-  DecoderCaches(const std::vector<Tensor>& caches, const std::vector<DecoderLayer>& of,
-                DType dtype) {
-    const size_t count = of.size(), each = caches.size() / count;
-    LMFUSE_CHECK((each == 2 || each == 4) && caches.size() == count * each,
+ private:
+  void read() {
+    const std::vector<Tensor>& all = tensors_.all;
+    LMFUSE_CHECK(!all.empty() && all[0].dim() == 3, "caches must be tensors of three dimensions");
+    kv_heads_ = all[0].size(0);
+    slots = all[0].size(1);
+    head_dim_ = all[0].size(2);
+    const bool scaled = all[0].scalar_type() == ScalarType::Char;
+    const size_t each = scaled ? 4 : 2;
+    LMFUSE_CHECK(all.size() % each == 0,
                  "caches must be two tensors for each layer, or four with the scales of int8");
-    slots = caches[0].size(1);
-    for (size_t i = 0; i < count; ++i) {
-      const Tensor* t = &caches[i * each];
-      layers.push_back({side(of[i], t[0], each == 4 ? t + 2 : nullptr, "a key cache"),
-                        side(of[i], t[1], each == 4 ? t + 3 : nullptr, "a value cache")});
-      const KvType type = layers[i].key.type;
-      LMFUSE_CHECK(type == layers[i].value.type &&
-                       (type == KvType::i8 || static_cast<int>(type) == static_cast<int>(dtype)),
+    for (const Tensor* t = all.data(); t != all.data() + all.size(); t += each) {
+      const DecoderCache c{side(t[0], scaled ? t + 2 : nullptr, "a key cache"),
+                           side(t[1], scaled ? t + 3 : nullptr, "a value cache")};
+      layers.push_back(c);
+      type_ = layers[0].key.type;
+      LMFUSE_CHECK(c.key.type == type_ && c.value.type == type_,
                    "the caches must have the dtype of hidden_states, or be int8");
     }
   }
 
- private:
-  KvSource side(const DecoderLayer& l, const Tensor& arena, const Tensor* scales,
-                const char* name) {
-    LMFUSE_CHECK(arena.is_cpu() && arena.dim() == 3 && arena.size(0) == l.kv_heads &&
-                     arena.size(2) == l.head_dim && (l.head_dim == 1 || arena.stride(2) == 1),
-                 name, " must be a CPU tensor [", l.kv_heads, ", slots, ", l.head_dim, "]");
+  KvSource side(const Tensor& arena, const Tensor* scales, const char* name) {
+    LMFUSE_CHECK(arena.is_cpu() && arena.dim() == 3 && arena.size(0) == kv_heads_ &&
+                     arena.size(2) == head_dim_ && (head_dim_ == 1 || arena.stride(2) == 1),
+                 name, " must be a CPU tensor [", kv_heads_, ", slots, ", head_dim_, "]");
     slots = std::min(slots, arena.size(1));
     std::optional<Tensor> of_int8;
     if (scales) of_int8 = *scales;
     return kv_source(arena, of_int8, {1, 1, 0}, name);
   }
+
+  KeptTensors tensors_;
+  int64_t kv_heads_, head_dim_;
+  KvType type_;
 };
 
 }  // namespace lmfuse

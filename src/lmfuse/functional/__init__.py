@@ -4,6 +4,7 @@ from lmfuse.functional.activation import gelu_mul, silu_mul
 from lmfuse.functional.attention import attention, varlen_attention
 from lmfuse.functional.cache import new_cache, reshape_and_cache
 from lmfuse.functional.decoder import (
+    DecoderCaches,
     DecoderLayer,
     DecoderLinear,
     DecoderNorm,
@@ -43,6 +44,7 @@ from lmfuse.functional.rope import rotary_embedding, rotate, rotate_qk, rotate_q
 from lmfuse.functional.woq import woq_linear, woq_linear_concat, woq_linear_gate_up
 
 __all__ = [
+    "DecoderCaches",
     "DecoderLayer",
     "DecoderLinear",
     "DecoderNorm",

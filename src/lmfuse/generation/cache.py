@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from lmfuse import functional
 from lmfuse.generation.slots import Slots
 
 _DTYPES = (None, torch.int8)
+
+# How large arenas were when layers last ran whole, and how many had been made; which layers, and
+# their arenas.
+_Opened: TypeAlias = "tuple[tuple[int, int], list[Layer], functional.DecoderCaches]"
 
 
 class Cached(Tensor):
@@ -303,6 +307,7 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _fit(self, slots: int) -> None:
         if self.key_arena.size(1) == slots:
             return
+        self.slots.made += 1
         for name in ("key_arena", "value_arena", "key_scales", "value_scales"):
             old = getattr(self, name)
             if old is not None:
@@ -366,6 +371,7 @@ class Cache(DynamicCache):
         super().__init__(config=config)
         self.kv_dtype = dtype
         self._slots: dict[int | None, Slots] = {}
+        self._opened: dict[Layer, _Opened] = {}  # by the first of the layers
         self.layers = [self._ours(layer) for layer in self.layers]
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = cast(Any, self._full_layer)
@@ -398,8 +404,9 @@ class Cache(DynamicCache):
         alike = all(layer.slots is slots and layer.seen == seen for layer in found)
         return found if alike else None
 
-    @staticmethod
-    def extend(layers: Sequence[Layer], x: Tensor, kv_heads: int, dim: int) -> list[Tensor]:
+    def extend(
+        self, layers: list[Layer], x: Tensor, kv_heads: int, dim: int
+    ) -> functional.DecoderCaches:
         """Takes slots for new tokens in `layers`, which are together, and makes room there.
 
         Args:
@@ -407,8 +414,8 @@ class Cache(DynamicCache):
             kv_heads, dim: and [batch, kv_heads, tokens, dim].
 
         Returns:
-            For each layer its arenas of keys and values, and after them those of their scales.
-            Whoever wrote the new keys and values sets `seen` of each layer to `slots.total`.
+            The arenas of the layers. Whoever wrote the new keys and values sets `seen` of each
+            layer to `slots.total`.
 
         Raises:
             ValueError: the batch is not that of the tokens before; nothing is changed.
@@ -416,20 +423,32 @@ class Cache(DynamicCache):
         batch, count, _ = x.shape
         layers[0].take_slots(batch, count)
         slots = layers[0].slots
-        arenas: list[Tensor] = []
+        known = self._opened.get(layers[0])
+        if known is not None and known[1] == layers and self._open(layers[0]):
+            return known[2]
+        for first in [f for f in self._opened if f.slots is slots and not self._open(f)]:
+            del self._opened[first]  # before arenas grow: it holds those that were
         for layer in layers:
             if not layer.is_initialized:
                 states = x.new_empty((batch, kv_heads, 0, dim))
                 layer.lazy_initialization(states, states)
             layer._fit(slots.capacity)
-            arenas += layer.arenas()
-        return arenas
+        opened = functional.DecoderCaches([a for layer in layers for a in layer.arenas()])
+        self._opened[layers[0]] = (slots.capacity, slots.made), layers, opened
+        return opened
+
+    def _open(self, first: Layer) -> bool:
+        """Whether what was opened for `first` and others is what they have."""
+        return self._opened[first][0] == (first.slots.capacity, first.slots.made)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         new: Cache = type(self).__new__(type(self))
         memo[id(self)] = new
         # A method of this cache would stay one: deepcopy takes functions as they are.
-        vars(new).update(copy.deepcopy(vars(self), memo))
+        vars(new).update(copy.deepcopy(self.__getstate__(), memo))
         if new.layer_class_to_replicate is not None:
             new.layer_class_to_replicate = cast(Any, new._full_layer)
         return new

@@ -37,6 +37,7 @@ class Slots:
         self.window = window
         self.users: list[Arenas] = []
         self.capacity = 0  # slots that an arena has when it is next written
+        self.made = 0  # arenas, until now
         self.version = 0  # changes whenever what a row consists of does
         self.recording = False  # positions out of the window are kept until the next crop
         self._padded: tuple[int, int, Tensor | None, tuple[Tensor, Tensor, Tensor] | None] | None

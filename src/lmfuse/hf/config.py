@@ -8,7 +8,7 @@ parts of a model get a `View`, which has everything in common with the config bu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -62,6 +62,13 @@ def rename(root: PreTrainedModel, name: str) -> None:
     for _, view in _views(root):
         for one in (view, *view.lmfuse_parts.values()):
             _rename(one, name)
+
+
+def tell(root: PreTrainedModel, ours: Collection[str]) -> None:
+    """Writes the names in the views into the configs that they are of, but for `ours`."""
+    for _, view in _views(root):
+        if view.lmfuse_name not in ours:
+            vars(view.lmfuse_stock)[_NAME] = view.lmfuse_name
 
 
 def name(root: PreTrainedModel) -> str | None:

@@ -14,12 +14,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from transformers.utils import output_capturing
 
 from lmfuse import functional
@@ -28,6 +26,7 @@ from lmfuse.generation.cache import Cache, Layer
 from lmfuse.hf import attention, swap
 from lmfuse.hf.decoder_form import CACHE, Form, find
 from lmfuse.modules.linear import Linear
+from lmfuse.modules.parts import Parts
 from lmfuse.modules.quantized_linear import QuantizedLinear
 from lmfuse.modules.siblings import SiblingLinear
 
@@ -147,11 +146,7 @@ def _run_of(owner: nn.Module, layers: list[Any]) -> _Run | None:
 
 
 class _Run:
-    """Some layers as one op; for each call it says whether the op may do what they do.
-
-    A step of a few milliseconds has emptied the caches of all that Python looks at, so what is
-    looked at before each step is as little as can be.
-    """
+    """Some layers as one op; for each call it says whether the op may do what they do."""
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
@@ -164,20 +159,9 @@ class _Run:
         modules = [m for layer in layers for m in layer.modules()]
         if len(layers) == 1:
             modules.remove(layers[0])
-        self.namespaces = [vars(m) for m in modules]
-        self.hooks: list[dict[int, Any]] = [
-            hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]
-        self.parents = [m._modules for m in (*layers, *modules) if m._modules]
-        self.children = [dict(m) for m in self.parents]
-        owned = [(m._parameters, n) for m in modules for n, p in m._parameters.items()]
-        self.owners, self.names = [o for o, _ in owned], [n for _, n in owned]
-        self.parameters = list(map(operator.getitem, self.owners, self.names))
-        self.weights: list[Any] = [p for p in self.parameters if isinstance(p, PackedWeight)]
-        self.packed = [w.packed for w in self.weights]
-        self.quantized = [m for m in modules if isinstance(m, QuantizedLinear)]
-        self.bytes = list(map(_bytes, self.quantized))
-        self.dtype: torch.dtype | None = None
+        self.parts = Parts(modules, layers)
+        dtypes = {p.dtype for layer in layers for p in layer.parameters()}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self.stack = self._stack()
 
     def _stack(self) -> functional.DecoderStack | None:
@@ -185,32 +169,19 @@ class _Run:
         dtypes."""
         pairs = list(zip(self.forms, self.layers, strict=True))
         linears: list[Any] = [m for form, layer in pairs for m in form.linears(layer)]
-        if not all(map(_runs, linears)) or any(w.rounded for w in self.weights):
+        if self.dtype is None or not all(map(_runs, linears)):
             return None
-        dtypes = {p.dtype for layer in self.layers for p in layer.parameters()}
-        if len(dtypes) != 1:
+        if any(w.rounded for w in self.parts.weights):
             return None
-        (self.dtype,) = dtypes
         return functional.decoder_stack([form.described(layer) for form, layer in pairs])
 
     def current(self, layers: list[Any]) -> bool:
         """Whether the layers, their parts and parameters are those of before."""
-        same = operator.is_
-        return (
-            all(map(same, layers, self.layers))
-            and self.parents == self.children  # modules compare by identity
-            and all(map(same, map(dict.get, self.owners, self.names), self.parameters))
-            and all(map(same, map(_packed, self.weights), self.packed))
-            and all(map(_equal, map(_bytes, self.quantized), self.bytes))
-        )
+        return all(map(operator.is_, layers, self.layers)) and self.parts.current()
 
     def watched(self) -> bool:
         """Whether somebody looks at what a part of the layers is given or gives."""
-        if any(map(operator.contains, self.namespaces, repeat("forward"))):
-            return True
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return True
-        return any(self.hooks) and any(map(_acts, filter(None, self.hooks)))
+        return self.parts.watched(_acts)
 
     def __call__(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The result, or None if the modules have to say it themselves."""
@@ -232,12 +203,14 @@ class _Run:
         held = cache.together([a.layer_idx for a in self.attention])
         if held is None:
             return None
-        return self._run(hidden_states, mask if attention._hides(mask) else None, held, tables)
+        mask = mask if attention._hides(mask) else None
+        return self._run(hidden_states, mask, cache, held, tables)
 
     def _run(
         self,
         hidden_states: Tensor,
         mask: Tensor | None,
+        cache: Cache,
         held: list[Layer],
         tables: tuple[Tensor | None, Tensor | None],
     ) -> Tensor | None:
@@ -246,7 +219,7 @@ class _Run:
         slots = held[0].slots
         before = slots.total
         try:
-            arenas = Cache.extend(held, hidden_states, form.kv_heads, form.head_dim)
+            arenas = cache.extend(held, hidden_states, form.kv_heads, form.head_dim)
             found = slots.padded(mask, hidden_states.shape[1])
             if found is None:
                 return None  # the slots wait for the modules
@@ -259,20 +232,6 @@ class _Run:
         for layer in held:
             layer.seen = slots.total
         return result
-
-
-_packed = operator.attrgetter("packed")
-
-
-def _bytes(linear: QuantizedLinear) -> tuple[Tensor, int, str, bool]:
-    """What the op read of a quantized layer: whose bytes, as of when, and how it computes."""
-    weight = linear.weight
-    version = 0 if weight.is_inference() else weight._version
-    return weight, version, linear.compute, linear.block_scales
-
-
-def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return a[0] is b[0] and a[1:] == b[1:]
 
 
 def _runs(linear: Any) -> bool:

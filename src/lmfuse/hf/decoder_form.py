@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lmfuse import functional
 from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm
 from lmfuse.hf import attention, norm, rope, swap
+from lmfuse.modules.decoder import described_linear
 from lmfuse.modules.quantized_linear import QuantizedLinear
 
 # Under this name the attention interface knows a function that writes down what it is asked for.
@@ -65,13 +66,6 @@ _ROPES = {
     "rope (interleaved)": (False, 1),
     "rope (interleaved, doubled table)": (False, 2),
 }
-
-
-def described_linear(module: Any) -> DecoderLinear:
-    """A packed or quantized layer, for the op."""
-    if isinstance(module, QuantizedLinear):
-        return DecoderLinear(module.weight, module.bias, module.compute, module.block_scales)
-    return DecoderLinear(module.weight, module.bias)
 
 
 @dataclass(frozen=True)

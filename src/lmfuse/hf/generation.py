@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, masking_utils
 from transformers.generation.configuration_utils import GenerationMode
 
 from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.processors import quickened
 from lmfuse.generation.search import SharesPrompts
 from lmfuse.generation.tuples import TupleCache, placeholders
-from lmfuse.hf import attention, attention_modules, config, decoder, swap
+from lmfuse.hf import attention, attention_modules, config, decoder, step, swap
 from lmfuse.hf.inputs import Explains
 from lmfuse.hf.tracing import TakesTuples, forget_graphs
 
@@ -25,7 +25,7 @@ _LOOPS = (
 )
 
 
-class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
+class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fused):
     """A model that generates with `lmfuse.generation.Cache` where the caller named no cache."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -37,19 +37,26 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See transformers' `GenerationMixin.generate`."""
-        with decoder.generating():
+        with decoder.generating(), step.stepping(self):
             return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """Ours, where transformers prepares a DynamicCache for a loop that we know."""
+        """Ours, where transformers prepares a DynamicCache for a loop that we know.
+
+        Not for what is compiled: Dynamo breaks its graph at our lists of slots, and traces a
+        DynamicCache.
+        """
         settings, model_kwargs, mode, batch = (*args, *kwargs.values())[:4]
         done = super()._prepare_cache_for_generation(*args, **kwargs)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
+        if mode in _LOOPS:
+            step.looping(self)
         if (
             type(cache) is DynamicCache
             and not getattr(cache, "_is_user_defined", False)
             and mode in _LOOPS
             and settings.cache_implementation is None
+            and not any(map(_compiled, self.modules()))
         ):
             if "trace_graph" in vars(self):
                 model_kwargs["past_key_values"] = TupleCache(placeholders(self.config, batch))
@@ -61,6 +68,16 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
                 model_kwargs["past_key_values"] = ours
         return done
 
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """Masks for a cache of fixed length, by the config that says whose attention it is."""
+        base: Any = self.base_model
+        if isinstance(base.config, config.View):
+            kwargs["config"] = base.config
+        make = getattr(
+            super(), "create_masks_for_generate", masking_utils.create_masks_for_generate
+        )
+        return make(**kwargs)
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         return quickened(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]
 
@@ -70,6 +87,17 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
             config.rename(self, attention.NAME)  # type: ignore[arg-type]
             if isinstance(self.config, config.View) and self.base_model is not self:
                 self.config = self.config.lmfuse_stock  # continuous batching gave it the other
+        elif isinstance(attn_implementation, dict):
+            # By part of the config: the parts that modules know are views.
+            base: Any = self.base_model
+            given, self.config = self.config, base.config
+            try:
+                super().set_attn_implementation(  # type: ignore[misc]
+                    attn_implementation, *args, **kwargs
+                )
+            finally:
+                self.config = given
+            config.tell(self, (attention.NAME, attention.PAGED_NAME))  # type: ignore[arg-type]
         else:
             super().set_attn_implementation(  # type: ignore[misc]
                 attn_implementation, *args, **kwargs
@@ -95,6 +123,7 @@ class FusedGeneration(Explains, SharesPrompts, TakesTuples, swap.Fused):
 def join(model: nn.Module, done: swap.Report) -> None:
     """Gives the transformers models in `model` our attention and our cache; `leave` undoes it."""
     attention.register()
+    generating: list[PreTrainedModel] = []
     for name, root in _roots(model):
         where = f"{name}.attention".lstrip(".")
         reason = _against(root)
@@ -107,7 +136,12 @@ def join(model: nn.Module, done: swap.Report) -> None:
         done.replaced[where] = "attention"
         if isinstance(root, GenerationMixin) and root.can_generate():
             swap.put(root, swap.Swap(swap.subclass(FusedGeneration, type(root)), "generate"))
+            generating.append(root)
     decoder.join(model, done)
+    for root in generating:
+        if (form := step.find(root)) is not None:
+            stock = type(root).fused_stock  # type: ignore[attr-defined]
+            swap.put(root, swap.Swap(swap.subclass(FusedGeneration, stock, fused_step=form), ""))
 
 
 def leave(model: nn.Module) -> None:
@@ -115,6 +149,15 @@ def leave(model: nn.Module) -> None:
     for module in model.modules():
         forget_graphs(module)
     config.take(model)
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was called on `module` or its forward."""
+    return (
+        "_orig_mod" in module._modules  # torch.compile(module); next: module.compile()
+        or module._compiled_call_impl is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    )
 
 
 def _roots(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:

@@ -5,7 +5,7 @@ from lmfuse.modules.attention import (
     PagedAttention,
     VarlenAttention,
 )
-from lmfuse.modules.decoder import DecoderLayers
+from lmfuse.modules.decoder import DecoderLayers, described_linear
 from lmfuse.modules.linear import Embedding, Linear
 from lmfuse.modules.linear_fusion import (
     ConcatLinear,
@@ -53,6 +53,7 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "VarlenAttention",
+    "described_linear",
     "linear2SiluMul",
     "linearAdd",
     "linearAddAdd",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmfuse.functional import _indirect
+from lmfuse.functional import DecoderCaches, _indirect
 from lmfuse.functional._indirect import Caches, LayerPast
 
 
@@ -26,7 +26,7 @@ class Presents(tuple[LayerPast, ...]):
 
     slots: Tensor
     shared: int
-    arenas: list[Tensor]
+    arenas: DecoderCaches
 
 
 class Step:
@@ -142,5 +142,7 @@ def _held(past: Sequence[LayerPast], before: int) -> Tensor:
     return torch.cat([past.slots[: past.shared], past.slots[past.shared :, parents]])
 
 
-def _arenas(caches: list[Caches]) -> list[Tensor]:
-    return [c.flatten(0, 1).transpose(0, 1) for keys, values, _ in caches for c in (keys, values)]
+def _arenas(caches: list[Caches]) -> DecoderCaches:
+    return DecoderCaches(
+        [c.flatten(0, 1).transpose(0, 1) for keys, values, _ in caches for c in (keys, values)]
+    )

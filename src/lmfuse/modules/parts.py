@@ -1,0 +1,80 @@
+"""What modules consist of, and whether somebody looks inside, as an op in their place asks."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from itertools import repeat
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from lmfuse.functional import PackedWeight
+from lmfuse.modules.quantized_linear import QuantizedLinear
+
+Hooks = dict[int, Callable[..., Any]]
+
+
+class Parts:
+    """Modules as they are when this is made.
+
+    A step of a few milliseconds has emptied the caches of all that Python looks at, so what is
+    looked at before each step is as little as can be.
+
+    Args:
+        modules: whose hooks, parameters, children and forwards count.
+        owners: whose children count besides.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], owners: Iterable[nn.Module] = ()) -> None:
+        each = list(modules)
+        self.namespaces = [vars(m) for m in each]
+        self.hooks: list[Hooks] = [
+            h for m in each for h in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        self.parents = [m._modules for m in dict.fromkeys((*owners, *each)) if m._modules]
+        self.children = [dict(m) for m in self.parents]
+        owned = [(m._parameters, name) for m in each for name in m._parameters]
+        self.holders, self.names = [o for o, _ in owned], [name for _, name in owned]
+        self.parameters = list(map(operator.getitem, self.holders, self.names))
+        self.weights: list[Any] = [p for p in self.parameters if isinstance(p, PackedWeight)]
+        self.packed = [w.packed for w in self.weights]
+        self.quantized = [m for m in each if isinstance(m, QuantizedLinear)]
+        self.bytes = list(map(_bytes, self.quantized))
+
+    def current(self) -> bool:
+        """Whether children and parameters are those of before."""
+        same = operator.is_
+        return (
+            self.parents == self.children  # modules compare by identity
+            and all(map(same, map(dict.get, self.holders, self.names), self.parameters))
+            and all(map(same, map(_packed, self.weights), self.packed))
+            and all(map(_equal, map(_bytes, self.quantized), self.bytes))
+        )
+
+    def watched(self, acts: Callable[[Hooks], bool] = bool) -> bool:
+        """Whether somebody looks at what a module is given or gives.
+
+        Args:
+            acts: whether hooks are more than idle.
+        """
+        if any(map(operator.contains, self.namespaces, repeat("forward"))):
+            return True
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return True
+        return any(self.hooks) and any(map(acts, filter(None, self.hooks)))
+
+
+_packed = operator.attrgetter("packed")
+
+
+def _bytes(linear: QuantizedLinear) -> tuple[Tensor, int, str, bool]:
+    """What an op read of a quantized layer: whose bytes, as of when, and how it computes."""
+    weight = linear.weight
+    version = 0 if weight.is_inference() else weight._version
+    return weight, version, linear.compute, linear.block_scales
+
+
+def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return a[0] is b[0] and a[1:] == b[1:]

@@ -1,0 +1,179 @@
+"""The steps of `generate`: with our preparation and parts, what the forward of the model gives."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import lmfuse
+from lmfuse.generation import Cache
+from lmfuse.hf import generation, step
+from test_models import batch, make
+
+# Families whose forward is embedding, angles, layers, norm and head.
+PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "olmo2", "gpt_neox")
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},  # of every family
+    "beams": {"num_beams": 3},
+    "sample": {"do_sample": True, "num_return_sequences": 2},
+    "no cache": {"use_cache": False},
+    "hidden states": {"return_dict_in_generate": True, "output_hidden_states": True},
+}
+
+
+def generate(model: Any, inputs: dict[str, Tensor] | None = None, **options: Any) -> Any:
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 9, "do_sample": False, **options}
+    return model.generate(**(batch() if inputs is None else inputs), **options)
+
+
+class Counting:
+    """Counts the steps that were run here."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        call = step._Parts.__call__
+
+        def counted(*args: Any) -> Any:
+            logits = call(*args)
+            self.count += logits is not None
+            return logits
+
+        monkeypatch.setattr(step._Parts, "__call__", counted)
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"), [*((f, "greedy") for f in PLAIN), *(("llama", m) for m in MODES)]
+)
+def test_steps(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(monkeypatch)
+    stock = make(family)
+    ours = lmfuse.optimize(stock)
+    assert type(ours).fused_step is not None
+    one = {"input_ids": batch()["input_ids"][2:], "attention_mask": torch.ones(1, 9, dtype=int)}
+    for inputs in (batch(), one, {"input_ids": one["input_ids"]}):
+        counting.count = 0
+        found, expected = (generate(m, inputs, **MODES[mode]) for m in (ours, stock))
+        if mode == "hidden states":
+            found, expected = found.sequences, expected.sequences
+        assert torch.equal(found, expected)
+        padded_window = family == "mistral" and inputs["input_ids"].shape[0] > 1
+        plain = mode in ("greedy", "beams", "sample") and not padded_window
+        assert counting.count == (8 if plain else 0)
+
+
+def test_what_is_more_than_its_parts_has_no_form() -> None:
+    for family, changed in (
+        ("granite", {"embedding_multiplier": 3.0}),
+        ("granite", {"logits_scaling": 3.0}),
+        ("cohere", {}),
+        ("gemma2", {}),
+        ("opt", {}),
+        ("mixtral", {}),
+    ):
+        model = lmfuse.optimize(make(family, **changed))
+        assert type(model).fused_step is None, family
+        assert generate(model).shape == (3, 18)
+    assert type(lmfuse.optimize(make("granite"))).fused_step is not None
+
+
+@pytest.mark.parametrize("where", ["", "model", "lm_head", "model.norm", "model.embed_tokens"])
+def test_whoever_looks_sees_every_step(where: str) -> None:
+    model = lmfuse.optimize(make())
+    expected = generate(model)
+    seen: list[tuple[int, ...]] = []
+    module = model.get_submodule(where)
+    hook = module.register_forward_hook(lambda *_: seen.append(()))
+    assert torch.equal(generate(model), expected)
+    assert len(seen) == 9
+    hook.remove()
+    seen.clear()
+    forward = module.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(())
+        return forward(*args, **kwargs)
+
+    module.forward = watched
+    assert torch.equal(generate(model), expected)
+    assert len(seen) == 9
+
+
+def test_a_forward_replaced_on_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lmfuse.optimize(make())
+    expected = generate(model)
+    kind = type(model.model)
+    forward, seen = kind.forward, []
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", watched)
+    assert torch.equal(generate(model), expected)
+    assert len(seen) == 9
+
+
+def test_a_streamer_that_generates_with_another_model() -> None:
+    """Inner and outer steps do not meet."""
+    one, two = (lmfuse.optimize(make(f)) for f in ("llama", "qwen3"))
+    expected = generate(one), generate(two)
+
+    class Nosy(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            for model, ids in zip((one, two), expected, strict=True):
+                assert torch.equal(generate(model, max_new_tokens=3), ids[:, :12])
+            return scores
+
+    processors = LogitsProcessorList([Nosy()])
+    assert torch.equal(generate(one, logits_processor=processors), expected[0])
+
+
+def test_a_cache_goes_on_and_copies_do_not_share_it() -> None:
+    model = lmfuse.optimize(make())
+    ids = batch()["input_ids"][2:]
+    expected = generate(model, {"input_ids": ids})
+    cache = Cache(model.config)
+    first = generate(model, {"input_ids": ids}, past_key_values=cache, max_new_tokens=4)
+    others = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    for held in (cache, *others):
+        again = generate(model, {"input_ids": first}, past_key_values=held, max_new_tokens=5)
+        assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_cache_of_fixed_length(family: str) -> None:
+    """Its masks are made before the forward, by a config that must say whose they are."""
+    stock = make(family)
+    ours = lmfuse.optimize(stock)
+    one = {"input_ids": batch()["input_ids"][2:]}
+    for inputs in (batch(), one):
+        options = {"cache_implementation": "static", "disable_compile": True}
+        assert torch.equal(generate(ours, inputs, **options), generate(stock, inputs, **options))
+
+
+def test_a_compiled_forward_has_no_graph_breaks() -> None:
+    model = lmfuse.optimize(make())
+    expected = generate(model, max_new_tokens=4)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(generate(model, max_new_tokens=4), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_what_is_compiled() -> None:
+    linear = torch.nn.Linear(1, 1)
+    assert not generation._compiled(linear)
+    assert generation._compiled(torch.compile(linear))
+    linear.forward = torch.compile(linear.forward)
+    assert generation._compiled(linear)
+    del linear.forward
+    linear.compile()
+    assert generation._compiled(linear)

@@ -256,8 +256,8 @@ LMFUSE_INLINE Words byte(Words w, int i) {
   return {_mm256_srai_epi32(_mm256_slli_epi32(w.v, 24 - 8 * i), 24)};
 }
 LMFUSE_INLINE Words top(Words w, int i) {
-  const __m256i first = _mm256_broadcastsi128_si256(
-      _mm_setr_epi32(0x00808080, 0x04808080, 0x08808080, 0x0c808080));
+  const __m256i first =
+      _mm256_broadcastsi128_si256(_mm_setr_epi32(0x00808080, 0x04808080, 0x08808080, 0x0c808080));
   return {_mm256_shuffle_epi8(w.v, _mm256_add_epi32(first, _mm256_set1_epi32(i << 24)))};
 }
 LMFUSE_INLINE Vec number(Words w) { return {_mm256_cvtepi32_ps(w.v)}; }

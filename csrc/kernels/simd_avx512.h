@@ -308,8 +308,8 @@ LMFUSE_INLINE Words byte(Words w, unsigned i) {
   return {_mm512_srai_epi32(_mm512_slli_epi32(w.v, 24 - 8 * i), 24)};
 }
 LMFUSE_INLINE Words top(Words w, int i) {
-  const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi32(
-      0x00808080, 0x04808080, 0x08808080, 0x0c808080));
+  const __m512i first =
+      _mm512_broadcast_i32x4(_mm_setr_epi32(0x00808080, 0x04808080, 0x08808080, 0x0c808080));
   return {_mm512_shuffle_epi8(w.v, _mm512_add_epi32(first, _mm512_set1_epi32(i << 24)))};
 }
 LMFUSE_INLINE Vec number(Words w) { return {_mm512_cvtepi32_ps(w.v)}; }

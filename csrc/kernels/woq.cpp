@@ -128,9 +128,8 @@ class AmxInt8 {
     tile_.run(static_cast<const int8_t*>(a.x) + s.row * a.lda + block.k0, a.lda,
               s.codes ? s.codes : block.codes, block.k, acc, s.first && !s.codes);
     const float* x_scales = a.scales + (*s.at).index * a.m + s.row;
-    add_tile(s, tile_.rows(), middle(a.format), acc, [&](int64_t t) LMFUSE_LAMBDA {
-      return a.block_scales ? x_scales[t] : 1.0f;
-    });
+    add_tile(s, tile_.rows(), middle(a.format), acc,
+             [&](int64_t t) LMFUSE_LAMBDA { return a.block_scales ? x_scales[t] : 1.0f; });
   }
 
  private:
@@ -188,12 +187,23 @@ class AmxFewBf16 {
 };
 using FewBf16 = AmxFewBf16;
 using ManyBf16 = AmxBf16;
+constexpr int64_t kFewBf16 = AmxFewBf16::kRows;
+
+// A block in the first-level cache serves all tiles, and leaves it only once.
+constexpr bool kWholeGroups = false;
 
 #else
 
 using ManyInt8 = Int8<kManyInt8Rows>;
 
+// Integers of a row with one scale add up for as long as those of the weight have one, too: then
+// the sums before need no registers, and tiles can be as high as those of few rows.
+constexpr bool kWholeGroups = true;
+
 #if defined(__AVX512BF16__)
+
+// Up to how many rows decoding for each tile is faster than decoding once (16 rows: by a fifth).
+constexpr int64_t kFewBf16 = 32;
 
 class FewBf16 {
  public:
@@ -294,11 +304,10 @@ void decode_panel(const WoqFormat& f, WoqBlocks at, const char* panel, char* to)
 // The sums of a tile, complete but for the scales and the outliers of its rows; sum2: of the second
 // weight.
 LMFUSE_INLINE void finish_panel(const WoqArgs& a, const TileRows& rows, int64_t first,
-                                const Weights& weights, int64_t p, const float* const (&scales)[2],
-                                float* sum, float* sum2) {
+                                const Weights& weights, int64_t p, float* sum, float* sum2) {
   if (a.compute == WoqCompute::int8) {
-    finish_int8(a, rows, first, weights.at(0, p), scales[0], sum);
-    if (a.weight2) finish_int8(a, rows, first, weights.at(1, p), scales[1], sum2);
+    finish_int8(a, rows, first, weights.at(0, p), sum);
+    if (a.weight2) finish_int8(a, rows, first, weights.at(1, p), sum2);
   }
   finish(a, {rows, 0, rows.count, first, p}, sum, sum2);
 }
@@ -332,9 +341,7 @@ void straight(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t las
       return a.scratch + weights.count * space.sums +
              ((p - first) * weights.count + w) * (space.scales + space.decoded);
     };
-    const auto scales = [&](int64_t w, int64_t p) {
-      return space.scales ? shared(w, p) : nullptr;
-    };
+    const auto scales = [&](int64_t w, int64_t p) { return space.scales ? shared(w, p) : nullptr; };
     const auto codes = [&](int64_t w, int64_t p) {
       return space.decoded ? reinterpret_cast<char*>(shared(w, p) + space.scales) : nullptr;
     };
@@ -352,8 +359,7 @@ void straight(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t las
           tile.run({a, rows.first(t), at, weights.at(w, p), codes(w, p), scales(w, p), sums[w],
                     Ahead::spread(next + t * share, every), rows.count == 1, t == 0});
         }
-        finish_panel(a, tile.rows(), rows.first(t), weights, p, {scales(0, p), scales(1, p)},
-                     sums[0], sums[1]);
+        finish_panel(a, tile.rows(), rows.first(t), weights, p, sums[0], sums[1]);
       }
   }
 }
@@ -383,8 +389,8 @@ void blocked(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last
         }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t t = 0; t < rows.count; ++t)
-        finish_panel(a, tile.rows(), rows.first(t), weights, first + i, {nullptr, nullptr},
-                     sum(0, i, t), sum(weights.count - 1, i, t));
+        finish_panel(a, tile.rows(), rows.first(t), weights, first + i, sum(0, i, t),
+                     sum(weights.count - 1, i, t));
   }
 }
 
@@ -421,13 +427,13 @@ LMFUSE_INLINE void with_family(const WoqFormat& f, WoqCompute compute, int64_t m
   switch (compute) {
     case WoqCompute::bf16:
 #if defined(__AVX512BF16__)
-      if (m <= FewBf16::kRows || f.k > kMostDecoded) return use(Of<FewBf16>{});
+      if (m <= kFewBf16 || f.k > kMostDecoded) return use(Of<FewBf16>{});
       return use(Of<ManyBf16>{});
 #endif
     case WoqCompute::f32:
       return use(Of<F32>{});
     case WoqCompute::int8:
-      if (m <= FewInt8::kRows) return use(Of<FewInt8>{});
+      if (m <= FewInt8::kRows || (kWholeGroups && f.groups() == 1)) return use(Of<FewInt8>{});
       return use(Of<ManyInt8>{});
   }
 }
@@ -440,11 +446,7 @@ WoqPlan woq_plan(const WoqFormat& f, WoqCompute compute, bool block_scales, int6
   if (compute == WoqCompute::bf16) compute = WoqCompute::f32;
 #endif
   WoqPlan plan{compute, woq_block(f), 0};
-#if !defined(LMFUSE_TILES)
-  // Integers of a row with one scale add up for as long as those of the weight have one, too. On
-  // AMX the tiles of a block leave the first-level cache only once.
-  if (compute == WoqCompute::int8 && !block_scales) plan.block = woq_whole_group(f);
-#endif
+  if (kWholeGroups && compute == WoqCompute::int8 && !block_scales) plan.block = woq_whole_group(f);
   with_family(f, compute, m, [&](auto of) {
     plan.scratch = scratch<typename decltype(of)::Family>(f, plan.block, m, weights);
   });

@@ -70,8 +70,7 @@ LMFUSE_INLINE WoqScales load_scales(WoqZero kind, DType type, const char* scales
       if constexpr (!kPlain) {
         s.zero[v] = broadcast(shift);
         s.offset[v] = broadcast(0.0f);
-        if (kind == WoqZero::zero)
-          s.zero[v] = load(from + kPanel + v * kLanes) + broadcast(shift);
+        if (kind == WoqZero::zero) s.zero[v] = load(from + kPanel + v * kLanes) + broadcast(shift);
         if (kind == WoqZero::offset) s.offset[v] = load(from + kPanel + v * kLanes);
       }
     }
@@ -121,8 +120,8 @@ struct WoqStep {
   const char* codes;    // decoded; null: as they lie in the panel
   const float* scales;  // in fp32, likewise
   float* sum;           // [rows of the tile][32], what is added to
-  Ahead ahead;        // over what is read next
-  bool alone, first;  // of the tiles that meet the panel: the only one, the first
+  Ahead ahead;          // over what is read next
+  bool alone, first;    // of the tiles that meet the panel: the only one, the first
 
   // Of the rows from the first on, in a block.
   LMFUSE_INLINE const float* x_sums(int64_t index) const {
@@ -190,7 +189,8 @@ LMFUSE_INLINE void add_block(const WoqStep& s, const WoqPlace& at, Sums& sums, Z
     const char* scales =
         kWide ? reinterpret_cast<const char*>(s.scales + at.group * kPanel * (kPlain ? 1 : 2))
               : s.panel + at.scales;
-    const WoqScales w = load_scales<kPlain>(f.zero, kWide ? DType::f32 : f.scale_type, scales, 0.0f);
+    const WoqScales w =
+        load_scales<kPlain>(f.zero, kWide ? DType::f32 : f.scale_type, scales, 0.0f);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4

@@ -65,7 +65,7 @@ WoqOutlier outlier(const WoqFormat& f, int64_t k, float value) {
 
 // Moves the outliers of a row out of it, in the order of their columns. Infinity stays: then the
 // row is none of integers. (NaN hides what is beside it from the limit, so that more may be above.)
-void take_outliers(const WoqFormat& f, float* x, WoqOutlier* to) {
+inline void take_outliers(const WoqFormat& f, float* x, WoqOutlier* to) {
   const int64_t n = f.packed_k();
   const WoqOutlier* end = to + kWoqOutliers;
   each_large<true>(x, n, largest_of_rest(x, n), [&](int64_t k) {
@@ -87,24 +87,24 @@ LMFUSE_INLINE Vec column_codes(const char* codes, int32_t shift, const float* va
   }
 }
 
-// A panel whose columns are looked up. wide: its scales in fp32, or null.
+// A panel whose columns are looked up.
 struct OutlierPanel {
   WoqZero zero;
   const float* values;
   const char *codes, *scales;
-  int64_t scale_bytes, scales_step;
+  int64_t scale_bytes, group_bytes;
 
-  OutlierPanel(const WoqFormat& f, const char* panel, const float* wide)
+  OutlierPanel(const WoqFormat& f, const char* panel)
       : zero(f.zero),
         values(middle(f) != 0.0f ? kInt4Middle : kInt4),
         codes(panel + f.scale_bytes()),
-        scales(wide ? reinterpret_cast<const char*>(wide) : panel),
+        scales(panel),
         scale_bytes(f.scale_bytes()),
-        scales_step(wide ? 4 * wide_scales(f) : f.scale_bytes() + f.code_bytes(f.group)) {}
+        group_bytes(f.scale_bytes() + f.code_bytes(f.group)) {}
 };
 
-// sum[32] = sum x_scale + what the outliers x of a row add. kOne: all lie in one group, whose scales
-// multiply their sum.
+// sum[32] = sum x_scale + what the outliers x of a row add. kOne: all lie in one group, whose
+// scales multiply their sum.
 template <bool kNibbles, bool kPlain, bool kOne, class Scale>
 LMFUSE_INLINE void add_columns(const OutlierPanel& p, const WoqOutlier* x, float x_scale,
                                float* sum) {
@@ -117,7 +117,7 @@ LMFUSE_INLINE void add_columns(const OutlierPanel& p, const WoqOutlier* x, float
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kWoqOutliers; ++i) {
     const int64_t group = kOne ? 0 : x[i].group;
-    const auto* scales = reinterpret_cast<const Scale*>(p.scales + group * p.scales_step);
+    const auto* scales = reinterpret_cast<const Scale*>(p.scales + group * p.group_bytes);
     const char* codes = p.codes + x[i].codes + group * p.scale_bytes;
     const Vec value = broadcast(x[i].value);
 #pragma GCC unroll 4
@@ -144,11 +144,11 @@ LMFUSE_INLINE void add_columns(const OutlierPanel& p, const WoqOutlier* x, float
 }
 
 // The results of int8 compute: sum[rows][32] times the scales of the rows from `first` on, if these
-// are not in it yet, and what their outliers add. wide: the scales of the panel in fp32, or null.
-void finish_int8(const WoqArgs& a, const TileRows& rows, int64_t first, const char* panel,
-                 const float* wide, float* sum) {
+// are not in it yet, and what their outliers add.
+inline void finish_int8(const WoqArgs& a, const TileRows& rows, int64_t first, const char* panel,
+                        float* sum) {
   const WoqFormat& f = a.format;
-  const OutlierPanel p(f, panel, wide);
+  const OutlierPanel p(f, panel);
   const auto each_row = [&](auto nibbles, auto plain, auto one, auto scale) LMFUSE_LAMBDA {
     for (int64_t r = 0; r < rows.count; ++r)
       add_columns<decltype(nibbles)::value, decltype(plain)::value, decltype(one)::value,
@@ -156,7 +156,7 @@ void finish_int8(const WoqArgs& a, const TileRows& rows, int64_t first, const ch
                                    a.block_scales ? 1.0f : a.scales[first + r],
                                    sum + rows.at(r) * kPanel);
   };
-  with_type(wide ? DType::f32 : f.scale_type, [&](auto scale) LMFUSE_LAMBDA {
+  with_type(f.scale_type, [&](auto scale) LMFUSE_LAMBDA {
     with_flag(f.nibbles(), [&](auto nibbles) LMFUSE_LAMBDA {
       with_flag(f.zero == WoqZero::none, [&](auto plain) LMFUSE_LAMBDA {
         with_flag(f.groups() == 1,

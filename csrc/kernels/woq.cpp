@@ -256,15 +256,15 @@ class ManyBf16 {
 template <class Family>
 struct Workspace {
   static constexpr int64_t kTile = Family::kRows * kPanel;
-  int64_t weights, panels, sums, columns, scales, decoded, shared;
+  int64_t weights, panels, sums, columns, decoded, scales, shared;
 
   Workspace(const WoqFormat& f, int64_t block, int64_t tiles, int64_t weight_count)
       : weights(weight_count),
         panels(1),
         sums(kTile),
         columns(Family::kBlocks ? block : f.packed_k()),
-        scales(Family::kBlocks || tiles == 1 ? 0 : f.groups() * wide_scales(f)),
         decoded(Family::decodes(f, tiles > 1) ? columns * kPanel * Family::kBytes / 4 : 0),
+        scales(!Family::kBlocks && (decoded || tiles > 1) ? f.groups() * wide_scales(f) : 0),
         shared(scales + decoded) {
     constexpr int64_t kMost = 8, kCached = 256 << 10;  // of a second-level cache of 1 MB
     const int64_t bytes = columns * kPanel * (Family::kBytes ? Family::kBytes : 1) * weights;
@@ -323,6 +323,16 @@ LMFUSE_INLINE void fetch_out(const WoqArgs& a, int64_t row, int64_t count, int64
   }
 }
 
+// Tiles of as equal heights as can be: 16 rows are 6, 5 and 5, none of them computed twice.
+struct EvenTiles {
+  int64_t row0, low, higher;  // rows of a tile, and how many tiles have one more
+
+  explicit EvenTiles(const RowTiles& rows)
+      : row0(rows.row0), low(rows.rows / rows.count), higher(rows.rows % rows.count) {}
+  int64_t height(int64_t tile) const { return low + (tile < higher); }
+  int64_t first(int64_t tile) const { return row0 + tile * low + (tile < higher ? tile : higher); }
+};
+
 // Each tile runs over whole panels: some of them, so that rows of x come from afar less often.
 template <class Family>
 void straight(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last) {
@@ -334,7 +344,7 @@ void straight(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t las
   const int64_t steps = space.columns * kPanel * Family::kBytes / 128, lines = share / 64;
   const int64_t every = lines && steps > lines ? steps / lines : 1;
   const WoqBlocks at(a.format, a.block);
-  Family tile(rows.height, a.format);
+  const EvenTiles tiles(rows);
   for (; first < last; first += space.panels) {
     const int64_t end = last - first < space.panels ? last : first + space.panels;
     const auto shared = [&](int64_t w, int64_t p) {
@@ -350,17 +360,20 @@ void straight(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t las
         widen_scales(a.format, weights.at(w, p), scales(w, p));
         if (space.decoded) decode_panel<Family>(a.format, at, weights.at(w, p), codes(w, p));
       }
-    for (int64_t t = 0; t < rows.count; ++t)
+    for (int64_t t = 0; t < rows.count; ++t) {
+      const int64_t row = tiles.first(t), height = tiles.height(t);
+      Family tile(height, a.format);
       for (int64_t p = first; p < end; ++p) {
-        if (rows.count > 1) fetch_out(a, rows.first(t), rows.height, p);
+        if (rows.count > 1) fetch_out(a, row, height, p);
         for (int64_t w = 0; w < weights.count; ++w) {
-          __builtin_memset(sums[w], 0, rows.height * kPanel * sizeof(float));
+          __builtin_memset(sums[w], 0, height * kPanel * sizeof(float));
           const char* next = weights.at(w, p + space.panels);
-          tile.run({a, rows.first(t), at, weights.at(w, p), codes(w, p), scales(w, p), sums[w],
+          tile.run({a, row, at, weights.at(w, p), codes(w, p), scales(w, p), sums[w],
                     Ahead::spread(next + t * share, every), rows.count == 1, t == 0});
         }
-        finish_panel(a, tile.rows(), rows.first(t), weights, p, sums[0], sums[1]);
+        finish_panel(a, tile.rows(), row, weights, p, sums[0], sums[1]);
       }
+    }
   }
 }
 

@@ -319,7 +319,7 @@ def test_special_values(isa: str, compute: str) -> None:
 
 @pytest.mark.parametrize("code", [-128, 127])
 def test_the_largest_sums_of_integers(isa: str, code: int) -> None:
-    """One scale for 70000 columns: more than int32 holds at once, where all are as large as can be."""
+    """One scale for 70000 columns: more than int32 holds at once, where all are largest."""
     k = 70000
     packed = pack_quantized("int8", torch.full((2, k), code, dtype=torch.int8), torch.ones(2, 1))
     x = torch.ones(14, k)

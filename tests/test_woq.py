@@ -252,6 +252,9 @@ def test_bits_of_a_row_depend_on_nothing_else(isa: str, kind: str, compute: str)
             for m in (2, 13, 40, 600):
                 y = product(x[:m], packed, None, "add", u[:m], **how)
                 assert_same_bits(y[:40], torch.cat(alone)[:m])
+        for m in (513, 530):  # beyond what shares a pass over the weight
+            rest = product(x[512:m], packed, None, "add", u[512:m], **how)
+            assert_same_bits(product(x[:m], packed, None, "add", u[:m], **how)[512:], rest)
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
@@ -312,6 +315,19 @@ def test_special_values(isa: str, compute: str) -> None:
         if compute == "int8":
             y = product(x2, packed, bias, compute=compute, block_scales=True)
             assert y[3].isnan().all()
+
+
+@pytest.mark.parametrize("code", [-128, 127])
+def test_the_largest_sums_of_integers(isa: str, code: int) -> None:
+    """One scale for 70000 columns: more than int32 holds at once, where all are largest."""
+    k = 70000
+    packed = pack_quantized("int8", torch.full((2, k), code, dtype=torch.int8), torch.ones(2, 1))
+    x = torch.ones(14, k)
+    x[:, ::2] = torch.where(torch.arange(14) % 2 == 1, -1.0, 1.0)[:, None]
+    expected = torch.where(torch.arange(14) % 2 == 1, 0.0, float(k * code)).expand(2, 14).T
+    for m in (1, 14):
+        y = product(x[:m], packed, compute="int8")
+        torch.testing.assert_close(y, expected[:m], rtol=1e-6, atol=0.02 * abs(code))
 
 
 @pytest.mark.parametrize(("kind", "group"), [("int8", -1), ("int8", 64), ("int4", 32)])

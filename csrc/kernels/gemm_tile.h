@@ -53,11 +53,9 @@ class Ahead {
   static LMFUSE_INLINE Ahead of_next(const char* next, int64_t bytes, int64_t tile, int64_t count) {
     return {next + tile * bytes / count, next, (count + 1) / 2, 0};
   }
-  // The same, where a tile takes so many steps.
-  static LMFUSE_INLINE Ahead spread(const char* next, int64_t bytes, int64_t tile, int64_t count,
-                                    int64_t steps) {
-    const int64_t every = count * steps * 64 / bytes;
-    return {next + tile * bytes / count, next, every > 1 ? every : 1, 0};
+  // The same, a line in so many steps.
+  static LMFUSE_INLINE Ahead spread(const char* next, int64_t every) {
+    return {next, next, every, 0};
   }
 
   // Once for each 128 bytes that are read.

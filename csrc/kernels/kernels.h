@@ -224,16 +224,24 @@ constexpr int64_t woq_block(const WoqFormat& f) {
   const int64_t group = (f.group + f.step() - 1) / f.step() * f.step();
   return group < kWoqBlock ? group : kWoqBlock;
 }
-constexpr int64_t woq_blocks(const WoqFormat& f) { return (f.k + woq_block(f) - 1) / woq_block(f); }
+// int32 holds the sums of so many bytes by bytes, fp32 those of so many bytes, both exactly.
+constexpr int64_t kWoqMostExact = 1 << 16;
+constexpr int64_t woq_whole_group(const WoqFormat& f) {
+  const int64_t group = (f.group + f.step() - 1) / f.step() * f.step();
+  return group < kWoqMostExact ? group : kWoqMostExact;
+}
+constexpr int64_t woq_blocks(const WoqFormat& f, int64_t block) {
+  return (f.k + block - 1) / block;
+}
 
 // Values of a row of x that int8 compute leaves as they are: the largest, which else would take the
 // scale for themselves. With all layers of SmolLM2-135M in int8, perplexity is 3.7 % above that of
 // bf16 compute without them, and 0.2 % with eight (KL 0.036 and 0.001; with four 0.003).
 constexpr int64_t kWoqOutliers = 8;
 struct WoqOutlier {
-  int32_t group, codes;  // of its column: the bytes of codes before it in the group; -1: no more
-  int32_t shift;         // what brings its code to the top of a word
-  float value;
+  int32_t group, codes;  // of its column: the bytes of codes before it in the panel
+  int32_t shift;         // which byte of the word it is; of nibbles: what brings it to the bottom
+  float value;           // where codes are bytes, over 2^24
 };
 
 // Rows of x, as the kernel wants them: columns in the order of the panels, padded with zeros as
@@ -245,6 +253,7 @@ struct WoqRowsArgs {
   WoqCompute compute;  // as what
   bool round;          // to bf16 first
   bool block_scales;
+  int64_t block;  // as WoqPlan says
   const int32_t* order;
   int64_t k, lda;
   void* rows;
@@ -258,13 +267,15 @@ struct WoqArgs : GemmArgs {
   WoqFormat format;
   WoqCompute compute;
   bool block_scales;
+  int64_t block;
   const float *sums, *scales;
   const WoqOutlier* outliers;
 };
-// How a level computes, and how many floats of scratch a thread then needs.
+// How a level computes, in blocks of how many columns, and how many floats of scratch a thread then
+// needs.
 struct WoqPlan {
   WoqCompute compute;
-  int64_t scratch;
+  int64_t block, scratch;
 };
 
 // Attention: out = softmax(scale q k^T + bias) v, the softmax over chunks of keys that begin at
@@ -411,7 +422,7 @@ struct PeakArgs {
 
 struct Kernels {
   GemmFormat (*gemm_format)(DType weight, int64_t m);
-  WoqPlan (*woq_plan)(const WoqFormat&, WoqCompute, int64_t m, int64_t weights);
+  WoqPlan (*woq_plan)(const WoqFormat&, WoqCompute, bool block_scales, int64_t m, int64_t weights);
   int64_t (*attention_scratch)(const AttentionArgs&);  // bytes for each thread
 #define LMFUSE_MEMBER(name, Args) void (*name)(const Args&, int64_t begin, int64_t end);
   LMFUSE_KERNELS(LMFUSE_MEMBER)

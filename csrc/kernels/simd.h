@@ -3,6 +3,7 @@
 // that names an instruction; kernels are written in these words.
 //
 //   Vec            kLanes fp32 values: + - * /, fma, min, max, sqrt, abs, round, select …
+//   a < b          a Mask, for select; bits(m): a bit for each lane, the first lowest
 //   Lanes          how many lanes of a step are in use: all() or the first n (a tail)
 //   load(p, l)     p is float, bf16_t, f16_t, i8_t, e5m2_t or e4m3_t; lanes beyond l are 0
 //   store(p, v, l) rounds to nearest even
@@ -15,7 +16,7 @@
 //   widen_bytes    4 * kLanes int8, in words, to two vectors of pairs of bf16 (AVX-512)
 //   sum(v)         one fixed tree, whatever the data
 //   Words          kLanes words of 32 bits: load_words, store_words, >>, &, number (to fp32)
-//   byte(w, i)     byte i of each word, signed
+//   byte(w, i)     byte i of each word, signed; top(w, i): times 2^24, for an i known late
 //   lookup(t, w)   t[w & 15], of a table of 16 fp32 values
 //   e4m3(w)        the value of the lowest byte
 #pragma once

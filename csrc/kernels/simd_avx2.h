@@ -40,6 +40,7 @@ LMFUSE_INLINE Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 LMFUSE_INLINE Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+LMFUSE_INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.v)); }
 LMFUSE_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
 LMFUSE_INLINE Vec keep(Vec a, Lanes l) {
   return {_mm256_and_ps(a.v, _mm256_castsi256_ps(l.mask()))};
@@ -253,6 +254,11 @@ LMFUSE_INLINE Words operator&(Words w, uint32_t mask) {
 }
 LMFUSE_INLINE Words byte(Words w, int i) {
   return {_mm256_srai_epi32(_mm256_slli_epi32(w.v, 24 - 8 * i), 24)};
+}
+LMFUSE_INLINE Words top(Words w, int i) {
+  const __m256i first =
+      _mm256_broadcastsi128_si256(_mm_setr_epi32(0x00808080, 0x04808080, 0x08808080, 0x0c808080));
+  return {_mm256_shuffle_epi8(w.v, _mm256_add_epi32(first, _mm256_set1_epi32(i << 24)))};
 }
 LMFUSE_INLINE Vec number(Words w) { return {_mm256_cvtepi32_ps(w.v)}; }
 LMFUSE_INLINE Vec lookup(const float* table, Words w) {

@@ -34,6 +34,7 @@ LMFUSE_INLINE Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 LMFUSE_INLINE Mask operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+LMFUSE_INLINE uint32_t bits(Mask m) { return m; }
 LMFUSE_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 LMFUSE_INLINE Vec keep(Vec a, Lanes l) { return {_mm512_maskz_mov_ps(l.mask, a.v)}; }
 
@@ -321,6 +322,11 @@ LMFUSE_INLINE Words operator&(Words w, uint32_t mask) {
 }
 LMFUSE_INLINE Words byte(Words w, unsigned i) {
   return {_mm512_srai_epi32(_mm512_slli_epi32(w.v, 24 - 8 * i), 24)};
+}
+LMFUSE_INLINE Words top(Words w, int i) {
+  const __m512i first =
+      _mm512_broadcast_i32x4(_mm_setr_epi32(0x00808080, 0x04808080, 0x08808080, 0x0c808080));
+  return {_mm512_shuffle_epi8(w.v, _mm512_add_epi32(first, _mm512_set1_epi32(i << 24)))};
 }
 LMFUSE_INLINE Vec number(Words w) { return {_mm512_cvtepi32_ps(w.v)}; }
 LMFUSE_INLINE Vec lookup(const float* table, Words w) {

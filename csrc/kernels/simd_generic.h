@@ -67,6 +67,11 @@ LMFUSE_INLINE Mask operator<(Vec a, Vec b) {
   for (int64_t i = 0; i < kLanes; ++i) m.v[i] = a.v[i] < b.v[i];
   return m;
 }
+LMFUSE_INLINE uint32_t bits(Mask m) {
+  uint32_t all = 0;
+  for (int64_t i = 0; i < kLanes; ++i) all |= (m.v[i] ? 1u : 0u) << i;
+  return all;
+}
 LMFUSE_INLINE Vec select(Mask m, Vec yes, Vec no) {
   return each([&](int64_t i) { return m.v[i] ? yes.v[i] : no.v[i]; });
 }
@@ -253,6 +258,7 @@ LMFUSE_INLINE Words byte(Words w, int i) {
   for (uint32_t& word : w.v) word = static_cast<uint32_t>(static_cast<int8_t>(word >> 8 * i));
   return w;
 }
+LMFUSE_INLINE Words top(Words w, int i) { return w << (24 - 8 * i) & 0xff000000u; }
 LMFUSE_INLINE Vec number(Words w) {
   return each([&](int64_t i) { return static_cast<float>(static_cast<int32_t>(w.v[i])); });
 }

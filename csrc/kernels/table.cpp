@@ -7,7 +7,7 @@ namespace lmfuse::LMFUSE_ISA {
 LMFUSE_KERNELS(LMFUSE_FUNCTION)
 #undef LMFUSE_FUNCTION
 GemmFormat gemm_format(DType weight, int64_t m);
-WoqPlan woq_plan(const WoqFormat&, WoqCompute, int64_t m, int64_t weights);
+WoqPlan woq_plan(const WoqFormat&, WoqCompute, bool block_scales, int64_t m, int64_t weights);
 int64_t attention_scratch(const AttentionArgs&);
 
 #define LMFUSE_ENTRY(name, Args) &name,

@@ -127,9 +127,9 @@ class AmxInt8 {
     alignas(64) int32_t acc[kRows * kPanel];
     tile_.run(static_cast<const int8_t*>(a.x) + s.row * a.lda + block.k0, a.lda,
               s.codes ? s.codes : block.codes, block.k, acc, s.first && !s.codes);
-    const float* x_scales = s.x_scales((*s.at).index);
+    const float* x_scales = a.scales + (*s.at).index * a.m + s.row;
     add_tile(s, tile_.rows(), middle(a.format), acc,
-             [&](int64_t t) LMFUSE_LAMBDA { return x_scales[t]; });
+             [&](int64_t t) LMFUSE_LAMBDA { return a.block_scales ? x_scales[t] : 1.0f; });
   }
 
  private:
@@ -187,12 +187,23 @@ class AmxFewBf16 {
 };
 using FewBf16 = AmxFewBf16;
 using ManyBf16 = AmxBf16;
+constexpr int64_t kFewBf16 = AmxFewBf16::kRows;
+
+// A block in the first-level cache serves all tiles, and leaves it only once.
+constexpr bool kWholeGroups = false;
 
 #else
 
 using ManyInt8 = Int8<kManyInt8Rows>;
 
+// Integers of a row with one scale add up for as long as those of the weight have one, too: then
+// the sums before need no registers, and tiles can be as high as those of few rows.
+constexpr bool kWholeGroups = true;
+
 #if defined(__AVX512BF16__)
+
+// Up to how many rows decoding for each tile is faster than decoding once (16 rows: by a fifth).
+constexpr int64_t kFewBf16 = 32;
 
 class FewBf16 {
  public:
@@ -241,18 +252,20 @@ class ManyBf16 {
 #endif
 
 // How many panels are taken together, and what a thread needs for them in memory, in floats: sums,
-// of each weight, and decoded panels.
+// of each weight, and what several tiles share: scales, and decoded panels or a block of one.
 template <class Family>
 struct Workspace {
   static constexpr int64_t kTile = Family::kRows * kPanel;
-  int64_t weights, panels, sums, columns, decoded;
+  int64_t weights, panels, sums, columns, decoded, scales, shared;
 
-  Workspace(const WoqFormat& f, int64_t tiles, int64_t weight_count)
+  Workspace(const WoqFormat& f, int64_t block, int64_t tiles, int64_t weight_count)
       : weights(weight_count),
         panels(1),
         sums(kTile),
-        columns(Family::kBlocks ? woq_block(f) : f.packed_k()),
-        decoded(Family::decodes(f, tiles > 1) ? columns * kPanel * Family::kBytes / 4 : 0) {
+        columns(Family::kBlocks ? block : f.packed_k()),
+        decoded(Family::decodes(f, tiles > 1) ? columns * kPanel * Family::kBytes / 4 : 0),
+        scales(!Family::kBlocks && (decoded || tiles > 1) ? f.groups() * wide_scales(f) : 0),
+        shared(scales + decoded) {
     constexpr int64_t kMost = 8, kCached = 256 << 10;  // of a second-level cache of 1 MB
     const int64_t bytes = columns * kPanel * (Family::kBytes ? Family::kBytes : 1) * weights;
     if (tiles > 1) panels = Family::kBlocks ? kMost : kCached / bytes;
@@ -261,10 +274,10 @@ struct Workspace {
     if (Family::kBlocks) {
       sums *= tiles * panels;
     } else {
-      decoded *= panels * weights;
+      shared *= panels * weights;
     }
   }
-  int64_t floats() const { return weights * sums + decoded; }
+  int64_t floats() const { return weights * sums + shared; }
 };
 
 // Panels as they lie in memory.
@@ -280,20 +293,21 @@ struct Weights {
 };
 
 template <class Family>
-void decode_panel(const WoqFormat& f, const char* panel, char* to) {
-  for (WoqBlocks at(f); at; ++at) {
+void decode_panel(const WoqFormat& f, WoqBlocks at, const char* panel, char* to) {
+  for (; at; ++at) {
     const WoqBlock block(*at, panel);
     Family::decode(f, block, to);
     to += block.k * kPanel * Family::kBytes;
   }
 }
 
-// The sums of a tile, complete but for the outliers of its rows; sum2: of the second weight.
+// The sums of a tile, complete but for the scales and the outliers of its rows; sum2: of the second
+// weight.
 LMFUSE_INLINE void finish_panel(const WoqArgs& a, const TileRows& rows, int64_t first,
                                 const Weights& weights, int64_t p, float* sum, float* sum2) {
   if (a.compute == WoqCompute::int8) {
-    add_outliers(a, rows, first, weights.at(0, p), sum);
-    if (a.weight2) add_outliers(a, rows, first, weights.at(1, p), sum2);
+    finish_int8(a, rows, first, weights.at(0, p), sum);
+    if (a.weight2) finish_int8(a, rows, first, weights.at(1, p), sum2);
   }
   finish(a, {rows, 0, rows.count, first, p}, sum, sum2);
 }
@@ -309,36 +323,57 @@ LMFUSE_INLINE void fetch_out(const WoqArgs& a, int64_t row, int64_t count, int64
   }
 }
 
+// Tiles of as equal heights as can be: 16 rows are 6, 5 and 5, none of them computed twice.
+struct EvenTiles {
+  int64_t row0, low, higher;  // rows of a tile, and how many tiles have one more
+
+  explicit EvenTiles(const RowTiles& rows)
+      : row0(rows.row0), low(rows.rows / rows.count), higher(rows.rows % rows.count) {}
+  int64_t height(int64_t tile) const { return low + (tile < higher); }
+  int64_t first(int64_t tile) const { return row0 + tile * low + (tile < higher ? tile : higher); }
+};
+
 // Each tile runs over whole panels: some of them, so that rows of x come from afar less often.
 template <class Family>
 void straight(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last) {
   const Weights weights(a);
-  const Workspace<Family> space(a.format, rows.count, weights.count);
+  const Workspace<Family> space(a.format, a.block, rows.count, weights.count);
   float* sums[2] = {a.scratch, a.scratch + (weights.count - 1) * space.sums};
-  char* decoded = reinterpret_cast<char*>(a.scratch + weights.count * space.sums);
-  const int64_t panel_bytes = space.columns * kPanel * Family::kBytes, steps = panel_bytes / 128;
-  const WoqBlocks at(a.format);
-  Family tile(rows.height, a.format);
+  // Each tile fetches its share of the next panels, a line in so many of its steps.
+  const int64_t share = weights.bytes / rows.count / 64 * 64;
+  const int64_t steps = space.columns * kPanel * Family::kBytes / 128, lines = share / 64;
+  const int64_t every = lines && steps > lines ? steps / lines : 1;
+  const WoqBlocks at(a.format, a.block);
+  const EvenTiles tiles(rows);
   for (; first < last; first += space.panels) {
     const int64_t end = last - first < space.panels ? last : first + space.panels;
-    const auto codes = [&](int64_t w, int64_t p) {
-      return space.decoded ? decoded + ((p - first) * weights.count + w) * panel_bytes : nullptr;
+    const auto shared = [&](int64_t w, int64_t p) {
+      return a.scratch + weights.count * space.sums +
+             ((p - first) * weights.count + w) * (space.scales + space.decoded);
     };
-    for (int64_t p = first; space.decoded && p < end; ++p)
-      for (int64_t w = 0; w < weights.count; ++w)
-        decode_panel<Family>(a.format, weights.at(w, p), codes(w, p));
-    for (int64_t t = 0; t < rows.count; ++t)
-      for (int64_t p = first; p < end; ++p) {
-        if (rows.count > 1) fetch_out(a, rows.first(t), rows.height, p);
-        for (int64_t w = 0; w < weights.count; ++w) {
-          __builtin_memset(sums[w], 0, rows.height * kPanel * sizeof(float));
-          const char* next = weights.at(w, p + space.panels);
-          tile.run({a, rows.first(t), at, weights.at(w, p), codes(w, p), sums[w],
-                    Ahead::spread(next, weights.bytes, t, rows.count, steps), rows.count == 1,
-                    t == 0});
-        }
-        finish_panel(a, tile.rows(), rows.first(t), weights, p, sums[0], sums[1]);
+    const auto scales = [&](int64_t w, int64_t p) { return space.scales ? shared(w, p) : nullptr; };
+    const auto codes = [&](int64_t w, int64_t p) {
+      return space.decoded ? reinterpret_cast<char*>(shared(w, p) + space.scales) : nullptr;
+    };
+    for (int64_t p = first; space.scales && p < end; ++p)
+      for (int64_t w = 0; w < weights.count; ++w) {
+        widen_scales(a.format, weights.at(w, p), scales(w, p));
+        if (space.decoded) decode_panel<Family>(a.format, at, weights.at(w, p), codes(w, p));
       }
+    for (int64_t t = 0; t < rows.count; ++t) {
+      const int64_t row = tiles.first(t), height = tiles.height(t);
+      Family tile(height, a.format);
+      for (int64_t p = first; p < end; ++p) {
+        if (rows.count > 1) fetch_out(a, row, height, p);
+        for (int64_t w = 0; w < weights.count; ++w) {
+          __builtin_memset(sums[w], 0, height * kPanel * sizeof(float));
+          const char* next = weights.at(w, p + space.panels);
+          tile.run({a, row, at, weights.at(w, p), codes(w, p), scales(w, p), sums[w],
+                    Ahead::spread(next + t * share, every), rows.count == 1, t == 0});
+        }
+        finish_panel(a, tile.rows(), row, weights, p, sums[0], sums[1]);
+      }
+    }
   }
 }
 
@@ -347,7 +382,7 @@ void straight(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t las
 template <class Family>
 void blocked(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last) {
   const Weights weights(a);
-  const Workspace<Family> space(a.format, rows.count, weights.count);
+  const Workspace<Family> space(a.format, a.block, rows.count, weights.count);
   const auto sum = [&](int64_t w, int64_t i, int64_t t) {
     return a.scratch + w * space.sums + (i * rows.count + t) * space.kTile;
   };
@@ -356,14 +391,14 @@ void blocked(const WoqArgs& a, const RowTiles& rows, int64_t first, int64_t last
   for (; first < last; first += space.panels) {
     const int64_t count = last - first < space.panels ? last - first : space.panels;
     __builtin_memset(a.scratch, 0, weights.count * space.sums * sizeof(float));
-    for (WoqBlocks at(a.format); at; ++at)
+    for (WoqBlocks at(a.format, a.block); at; ++at)
       for (int64_t i = 0; i < count; ++i)
         for (int64_t w = 0; w < weights.count; ++w) {
           const char* panel = weights.at(w, first + i);
           if (decoded) Family::decode(a.format, WoqBlock(*at, panel), decoded);
           for (int64_t t = 0; t < rows.count; ++t)
-            tile.run({a, rows.first(t), at, panel, decoded, sum(w, i, t), nothing_ahead(panel),
-                      rows.count == 1, t == 0});
+            tile.run({a, rows.first(t), at, panel, decoded, nullptr, sum(w, i, t),
+                      nothing_ahead(panel), rows.count == 1, t == 0});
         }
     for (int64_t i = 0; i < count; ++i)
       for (int64_t t = 0; t < rows.count; ++t)
@@ -390,9 +425,9 @@ void woq_with(const WoqArgs& a, int64_t begin, int64_t end) {
 }
 
 template <class Family>
-int64_t scratch(const WoqFormat& f, int64_t m, int64_t weights) {
+int64_t scratch(const WoqFormat& f, int64_t block, int64_t m, int64_t weights) {
   const RowTiles rows(0, m < kRowBlock ? m : kRowBlock, Family::kRows);
-  return Workspace<Family>(f, rows.count, weights).floats();
+  return Workspace<Family>(f, block, rows.count, weights).floats();
 }
 
 // Calls use with the family that computes m rows; a row's bits are those of any other.
@@ -405,26 +440,28 @@ LMFUSE_INLINE void with_family(const WoqFormat& f, WoqCompute compute, int64_t m
   switch (compute) {
     case WoqCompute::bf16:
 #if defined(__AVX512BF16__)
-      if (m <= FewBf16::kRows || f.k > kMostDecoded) return use(Of<FewBf16>{});
+      if (m <= kFewBf16 || f.k > kMostDecoded) return use(Of<FewBf16>{});
       return use(Of<ManyBf16>{});
 #endif
     case WoqCompute::f32:
       return use(Of<F32>{});
     case WoqCompute::int8:
-      if (m <= FewInt8::kRows) return use(Of<FewInt8>{});
+      if (m <= FewInt8::kRows || (kWholeGroups && f.groups() == 1)) return use(Of<FewInt8>{});
       return use(Of<ManyInt8>{});
   }
 }
 
 }  // namespace
 
-WoqPlan woq_plan(const WoqFormat& f, WoqCompute compute, int64_t m, int64_t weights) {
+WoqPlan woq_plan(const WoqFormat& f, WoqCompute compute, bool block_scales, int64_t m,
+                 int64_t weights) {
 #if !defined(__AVX512BF16__)
   if (compute == WoqCompute::bf16) compute = WoqCompute::f32;
 #endif
-  WoqPlan plan{compute, 0};
+  WoqPlan plan{compute, woq_block(f), 0};
+  if (kWholeGroups && compute == WoqCompute::int8 && !block_scales) plan.block = woq_whole_group(f);
   with_family(f, compute, m, [&](auto of) {
-    plan.scratch = scratch<typename decltype(of)::Family>(f, m, weights);
+    plan.scratch = scratch<typename decltype(of)::Family>(f, plan.block, m, weights);
   });
   return plan;
 }

@@ -32,11 +32,11 @@ LMFUSE_INLINE void clear(Bf16Sums<R>& acc) {
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
 }
 
-template <int R, class Sums>
-LMFUSE_INLINE void add_bf16_block(const WoqStep& s, const WoqBlock& block, int64_t index,
-                                  Sums& sums, const Bf16Sums<R>& acc) {
-  add_block<R>(
-      s, block, index, sums, [&](int r, int v) LMFUSE_LAMBDA { return Vec{acc[r][v]}; },
+template <int R, bool kWide, class Sums>
+LMFUSE_INLINE void add_bf16_block(const WoqStep& s, const WoqPlace& at, Sums& sums,
+                                  const Bf16Sums<R>& acc) {
+  add_block<R, kWide>(
+      s, at, sums, [&](int r, int v) LMFUSE_LAMBDA { return Vec{acc[r][v]}; },
       [](int) LMFUSE_LAMBDA { return 1.0f; });
 }
 
@@ -51,12 +51,13 @@ LMFUSE_INLINE void bf16_blocks(const WoqStep& s, const Decoder& decode, WoqBlock
   const int64_t first = (*at).index, k0 = (*at).k0, length = (*at).k;
   const int64_t begin = (*at).codes - 64;  // with the scales
   Bf16Sums<R> acc[kBlocks];
-  const char *b[kBlocks], *scales[kBlocks];
+  const char* b[kBlocks];
+  int64_t scales[kBlocks];
 #pragma GCC unroll 4
   for (int i = 0; i < kBlocks; ++i, ++at) {
     const WoqBlock block(*at, s.panel);
     b[i] = block.codes;
-    scales[i] = block.scales;
+    scales[i] = (*at).scales;
     clear<R>(acc[i]);
   }
   // The last of the blocks is to be read first from afar.
@@ -82,10 +83,8 @@ LMFUSE_INLINE void bf16_blocks(const WoqStep& s, const Decoder& decode, WoqBlock
   for (; fetched < b[kBlocks - 1] + distance; fetched += 64) __builtin_prefetch(fetched);
   WoqSums<R, false> sums(s.sum);
 #pragma GCC unroll 4
-  for (int i = 0; i < kBlocks; ++i) {
-    const WoqBlock block({first + i, 0, 0, 0, scales[i] - s.panel, 0}, s.panel);
-    add_bf16_block<R>(s, block, first + i, sums, acc[i]);
-  }
+  for (int i = 0; i < kBlocks; ++i)
+    add_bf16_block<R, false>(s, {first + i, 0, 0, 0, scales[i], 0}, sums, acc[i]);
 }
 
 // Few rows: codes are decoded as they are read.
@@ -114,7 +113,7 @@ void many_bf16_rows(const WoqStep& s) {
       ahead.step();
       pair_of_columns<R>(acc, x, 0, _mm512_loadu_si512(b), _mm512_loadu_si512(b + 64));
     }
-    add_bf16_block<R>(s, block, (*at).index, sums, acc);
+    add_bf16_block<R, true>(s, *at, sums, acc);
   }
   sums.done();
 }

@@ -15,8 +15,8 @@ struct WoqPlace {
 // The blocks of a format, one after the other: divisions take longer than small blocks.
 class WoqBlocks {
  public:
-  LMFUSE_INLINE explicit WoqBlocks(const WoqFormat& f)
-      : columns_(woq_block(f)),
+  LMFUSE_INLINE WoqBlocks(const WoqFormat& f, int64_t columns)
+      : columns_(columns),
         group_(f.group),
         width_(f.packed_k()),
         scale_bytes_(f.scale_bytes()),
@@ -60,23 +60,39 @@ struct WoqScales {
 
 // shift: what the codes were raised by. kPlain: there is no zero and no offset to load.
 template <bool kPlain = false>
-LMFUSE_INLINE WoqScales load_scales(const WoqFormat& f, const WoqBlock& block, float shift) {
+LMFUSE_INLINE WoqScales load_scales(WoqZero kind, DType type, const char* scales, float shift) {
   WoqScales s;
-  with_type(f.scale_type, [&](auto t) LMFUSE_LAMBDA {
-    const auto* from = reinterpret_cast<const decltype(t)*>(block.scales);
+  with_type(type, [&](auto t) LMFUSE_LAMBDA {
+    const auto* from = reinterpret_cast<const decltype(t)*>(scales);
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       s.scale[v] = load(from + v * kLanes);
       if constexpr (!kPlain) {
         s.zero[v] = broadcast(shift);
         s.offset[v] = broadcast(0.0f);
-        if (f.zero == WoqZero::zero)
-          s.zero[v] = load(from + kPanel + v * kLanes) + broadcast(shift);
-        if (f.zero == WoqZero::offset) s.offset[v] = load(from + kPanel + v * kLanes);
+        if (kind == WoqZero::zero) s.zero[v] = load(from + kPanel + v * kLanes) + broadcast(shift);
+        if (kind == WoqZero::offset) s.offset[v] = load(from + kPanel + v * kLanes);
       }
     }
   });
   return s;
+}
+LMFUSE_INLINE WoqScales load_scales(const WoqFormat& f, const WoqBlock& block, float shift) {
+  return load_scales(f.zero, f.scale_type, block.scales, shift);
+}
+
+// The scales of a panel in fp32, as tiles that share a decoded panel read them: [groups] of 32, and
+// of 32 zeros or offsets, if there are any.
+constexpr int64_t wide_scales(const WoqFormat& f) {
+  return kPanel * (f.zero == WoqZero::none ? 1 : 2);
+}
+inline void widen_scales(const WoqFormat& f, const char* panel, float* to) {
+  const int64_t each = wide_scales(f), group_bytes = f.scale_bytes() + f.code_bytes(f.group);
+  with_type(f.scale_type, [&](auto t) LMFUSE_LAMBDA {
+    for (int64_t g = 0; g < f.groups(); ++g, panel += group_bytes, to += each)
+      for (int64_t i = 0; i < each; i += kLanes)
+        store(to + i, load(reinterpret_cast<const decltype(t)*>(panel) + i));
+  });
 }
 
 // The next lines of the panel: strictly one after the other. Where decoding fills the time between
@@ -101,17 +117,15 @@ struct WoqStep {
   int64_t row;  // the first
   WoqBlocks at;
   const char* panel;
-  const char* codes;  // decoded; null: as they lie in the panel
-  float* sum;         // [rows of the tile][32], what is added to
-  Ahead ahead;        // over what is read next
-  bool alone, first;  // of the tiles that meet the panel: the only one, the first
+  const char* codes;    // decoded; null: as they lie in the panel
+  const float* scales;  // in fp32, likewise
+  float* sum;           // [rows of the tile][32], what is added to
+  Ahead ahead;          // over what is read next
+  bool alone, first;    // of the tiles that meet the panel: the only one, the first
 
   // Of the rows from the first on, in a block.
   LMFUSE_INLINE const float* x_sums(int64_t index) const {
     return args.sums + index * args.m + row;
-  }
-  LMFUSE_INLINE const float* x_scales(int64_t index) const {
-    return args.scales + (args.block_scales ? index * args.m : 0) + row;
   }
 };
 
@@ -164,15 +178,19 @@ class WoqSums<R, true> {
   Vec sums_[R][kVecs];
 };
 
-// Adds a block to the sums of R rows. z(r, v): what the tile has; x_scale(r): of row r of the tile.
-template <int R, class Sums, class Z, class Scale>
-LMFUSE_INLINE void add_block(const WoqStep& s, const WoqBlock& block, int64_t index, Sums& sums,
-                             Z z, Scale x_scale) {
+// Adds a block to the sums of R rows. z(r, v): what the tile has; x_scale(r): of row r of the tile;
+// kWide: the scales are those of s, in fp32.
+template <int R, bool kWide, class Sums, class Z, class Scale>
+LMFUSE_INLINE void add_block(const WoqStep& s, const WoqPlace& at, Sums& sums, Z z, Scale x_scale) {
   const WoqFormat& f = s.args.format;
-  const float* x_sums = s.x_sums(index);
+  const float* x_sums = s.x_sums(at.index);
   with_flag(f.zero == WoqZero::none, [&](auto plain) LMFUSE_LAMBDA {
     constexpr bool kPlain = decltype(plain)::value;
-    const WoqScales w = load_scales<kPlain>(f, block, 0.0f);
+    const char* scales =
+        kWide ? reinterpret_cast<const char*>(s.scales + at.group * kPanel * (kPlain ? 1 : 2))
+              : s.panel + at.scales;
+    const WoqScales w =
+        load_scales<kPlain>(f.zero, kWide ? DType::f32 : f.scale_type, scales, 0.0f);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4

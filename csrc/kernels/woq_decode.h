@@ -27,6 +27,11 @@ alignas(64) constexpr float kNf4[16] = {
     1.0f,
 };
 
+// Those of int4: codes, and codes less the middle of their range.
+alignas(64) constexpr float kInt4[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+alignas(64) constexpr float kInt4Middle[16] = {-8, -7, -6, -5, -4, -3, -2, -1,
+                                               0,  1,  2,  3,  4,  5,  6,  7};
+
 constexpr int64_t nibble_shift(int64_t k) { return k % 2 * 16 + k / 2 * 4; }
 
 // to[k][32] = f(words, i), code i of each word.
@@ -102,8 +107,6 @@ struct Bf16Table {
     }
   }
 };
-constexpr float kInt4[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-constexpr float kInt4Middle[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 constexpr Bf16Table kBf16Int4(kInt4), kBf16Int4Middle(kInt4Middle), kBf16Nf4(kNf4);
 
 // Decoders of 64 bytes, 16 channels, to pairs of columns as gemm_tile.h takes bf16: codes less the

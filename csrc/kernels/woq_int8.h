@@ -205,7 +205,7 @@ void int8_panel(const WoqStep& s) {
     const WoqBlock block(*at, s.panel);
     if (!s.codes) b = block.codes;
     if constexpr (kHere) fetch_ahead(b - 128);  // the scales
-    const float *x_sums = s.x_sums((*at).index), *x_scales = s.x_scales((*at).index);
+    const float* x_sums = s.x_sums((*at).index);
     alignas(64) int32_t start[16];
     for (int r = 0; r < R; ++r) start[r] = factor * static_cast<int32_t>(x_sums[r]);
     asm volatile("" ::"r"(start)
@@ -226,9 +226,12 @@ void int8_panel(const WoqStep& s) {
       b += 128;
       x.advance(Codes::kColumns);
     }
-    add_block<R>(
-        s, block, (*at).index, sums, [&](int r, int v) LMFUSE_LAMBDA { return number(acc[r][v]); },
-        [&](int r) LMFUSE_LAMBDA { return x_scales[r]; });
+    with_flag(a.block_scales, [&](auto scaled) LMFUSE_LAMBDA {
+      const float* x_scales = a.scales + (*at).index * a.m + s.row;
+      add_block<R, !kHere>(
+          s, *at, sums, [&](int r, int v) LMFUSE_LAMBDA { return number(acc[r][v]); },
+          [&](int r) LMFUSE_LAMBDA { return decltype(scaled)::value ? x_scales[r] : 1.0f; });
+    });
   }
   sums.done();
 }

@@ -117,7 +117,7 @@ void woq_values(const WoqValuesArgs& a, int64_t begin, int64_t end) {
     const int64_t n = a.rows ? a.rows[r] : r, c = n % kPanel;
     const Panel<const char> panel(f, a.packed, n / kPanel);
     float* y = a.y + r * a.k;
-    for (WoqBlocks blocks(f); blocks; ++blocks) {
+    for (WoqBlocks blocks(f, woq_block(f)); blocks; ++blocks) {
       const WoqBlock block(*blocks, panel.data);
       const WoqScales s = load_scales(f, block, middle(f));
       alignas(64) float scale[kPanel], zero[kPanel], offset[kPanel], q[kWoqBlock], value[kWoqBlock];

@@ -43,7 +43,7 @@ int64_t row_count(const Rows& rows) {
 
 // One row of x, already in fp32 and in the order of the panels.
 void write_row(const WoqRowsArgs& a, float* x, int64_t r) {
-  const int64_t blocks = woq_blocks(a.format), columns = woq_block(a.format);
+  const int64_t blocks = woq_blocks(a.format, a.block), columns = a.block;
   const int64_t width = a.format.packed_k();
   const int64_t m = row_count(a.x.rows);
   const auto each_block = [&](auto f) {

@@ -109,7 +109,7 @@ struct WoqForm {
   // weights: 2 for a product of gate and up.
   WoqForm(const Quantized& w, const WoqHow& how, int64_t m, int64_t weights) {
     const WoqFormat& f = w.format;
-    const WoqPlan plan = kernels().woq_plan(f, how.compute, m, weights);
+    const WoqPlan plan = kernels().woq_plan(f, how.compute, how.block_scales, m, weights);
     const int64_t width = f.packed_k();
     const int64_t element = plan.compute == WoqCompute::f32    ? 4
                             : plan.compute == WoqCompute::bf16 ? 2
@@ -118,12 +118,13 @@ struct WoqForm {
     rows.compute = plan.compute;
     rows.round = how.compute == WoqCompute::bf16 && plan.compute != how.compute;
     rows.block_scales = how.block_scales;
+    rows.block = plan.block;
     rows.order = w.order;
     rows.k = w.k;
     // Rows a multiple of 1 KB apart would crowd into few sets of the first-level cache.
     rows.lda = m > 1 ? width + 64 / element : width;
     row_bytes_ = lines(m * rows.lda * element);
-    sum_bytes_ = lines(m * woq_blocks(f) * 4);
+    sum_bytes_ = lines(m * woq_blocks(f, plan.block) * 4);
     bytes = row_bytes_ + 2 * sum_bytes_;
     if (plan.compute == WoqCompute::int8)
       bytes += m * kWoqOutliers * static_cast<int64_t>(sizeof(WoqOutlier));
@@ -143,7 +144,7 @@ struct WoqForm {
     const WoqRowsArgs &a = rows, &b = other.rows;
     return a.format.kind == b.format.kind && a.format.group == b.format.group &&
            a.format.k == b.format.k && a.k == b.k && a.compute == b.compute && a.round == b.round &&
-           a.block_scales == b.block_scales && a.order == b.order;
+           a.block_scales == b.block_scales && a.block == b.block && a.order == b.order;
   }
 
   // What a product over these rows, once they are ready, is told of them.
@@ -155,6 +156,7 @@ struct WoqForm {
     a.outliers = rows.outliers;
     a.compute = rows.compute;
     a.block_scales = rows.block_scales;
+    a.block = rows.block;
   }
 
  private:

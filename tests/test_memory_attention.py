@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from guarded import Layout, Placed, placed, some
+from guarded import Guarded, Layout, Placed, placed, some
 from helpers import BF16, DTYPES, F32, assert_same_bits
 from lmfuse import functional as F
 
@@ -308,3 +308,22 @@ CALLS: dict[str, Callable[[st.DataObject], None]] = {
 def test_nothing_outside_is_touched(isa: str, call: str, data: st.DataObject) -> None:
     with torch.no_grad():
         CALLS[call](data)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.int8, 96), (BF16, 64), (F32, 32)])
+def test_rows_far_apart(isa: str, dtype: torch.dtype, dim: int) -> None:
+    """Keys that lie farther apart than caches have sets give what they give side by side."""
+    heads = 48
+    shape = (1, 96, heads, dim)  # panels of 32 keys, all whole: the last ends before the fence
+    query = torch.randn((1, 1, 2 * heads, dim)).bfloat16()
+    memory = [Guarded(shape[1] * heads * dim * dtype.itemsize, at_end=True) for _ in range(2)]
+    key, value = (m.tensor.view(dtype).view(shape) for m in memory)
+    for states in (key, value):
+        states.copy_(torch.randn(shape) * (20 if dtype is torch.int8 else 1))
+    scales = {}
+    if dtype is torch.int8:
+        scales = {n: torch.rand(shape[:3]) / 20 for n in ("key_scales", "value_scales")}
+    got = F.attention(query, key, value, **scales)
+    near = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (key, value)]
+    assert_same_bits(got, F.attention(query, near[0], near[1], **scales))
+    assert all(m.intact() for m in memory)

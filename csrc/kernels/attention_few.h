@@ -116,7 +116,7 @@ class PanelRows {
     offset = 0;
   }
   // The same, of whole vectors: by way of stage where rows are apart, whose columns would be read
-  // from the second-level cache again and again (Zen 4: 58 not 46 % of the bandwidth).
+  // from the second-level cache again and again (Zen 4: 58 not 50 % of the bandwidth).
   void gather(const FewPart& part, int64_t first, int64_t head, int64_t width, Input* stage) {
     find(part, first, head, width, stage);
     constexpr int64_t kStep = kLanes * 4;
@@ -248,8 +248,8 @@ LMFUSE_INLINE void add_words(const bf16_t* queries, const Vec (&v)[kGroups][kTur
   }
 }
 
-// Values of bf16 are zipped within quarters, one step, not two on Zen 4 and three on Intel. So
-// sums are in order only once the last panel is added.
+// Values of bf16 are zipped within quarters: on Zen 4 a panel with 4 rows takes 505 cycles so, not
+// 605. So sums are in order only once the last panel is added.
 LMFUSE_INLINE void zip_columns(const bf16_t* a, const bf16_t* b, Vec& first, Vec& second) {
   zip_quarters(a, b, first, second);
 }
@@ -306,13 +306,6 @@ class FewRows {
             rows.gather(keys, first, h, width, stage);
           } else {
             rows.widen(type, keys, first, h, width, stage, lines_of(keys.bytes), ahead);
-          }
-          if constexpr (kTurnsScores && sizeof(Word) == 2 && decltype(direct)::value) {
-            if (count > 2 * kBlock) {
-              score_rows(rows, width / kElements, queries + h * kRows * width, count,
-                         scores + kRows * (h * kKeyChunk + first), ahead);
-              continue;
-            }
           }
           by_blocks(count, [&](int64_t r, auto block) {
             score<Word, decltype(block)::value>(
@@ -412,47 +405,6 @@ class FewRows {
         }
     }
   }
-
-#if defined(__AVX512BF16__)
-  // The same for up to kRows rows, with rows in lanes: keys need not change rows for lanes, scores
-  // do (Zen 4, 16 rows: 2.5 times as fast as three blocks).
-  static constexpr bool kTurnsScores = sizeof(Input) == 2;
-  __attribute__((noinline)) static void score_rows(const PanelRows<Input>& rows, int64_t words,
-                                                   const Input* queries, int64_t count, float* to,
-                                                   LinesAhead& ahead) {
-    constexpr int64_t kKeys = 8;  // chains, as many as there are registers for where they begin
-    const int64_t row_lines = words * 4 / 64;
-    for (int64_t k0 = 0; k0 < kPanel; k0 += kLanes) {
-      alignas(64) float turned[kLanes * kLanes];
-      for (int64_t k = 0; k < kLanes; k += kKeys) {
-        const char* key[kKeys];
-        Vec sum[kKeys];
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < kKeys; ++i) {
-          key[i] = rows.row[k0 + k + i] + rows.offset;
-          sum[i] = broadcast(0.0f);
-        }
-        for (int64_t w = 0; w < words; ++w) {
-          const Vec q = load(reinterpret_cast<const float*>(queries) + w * kRows);
-#pragma GCC unroll 8
-          for (int64_t i = 0; i < kKeys; ++i)
-            sum[i] = dot_pairs(q, broadcast_pair(reinterpret_cast<const bf16_t*>(key[i]) + 2 * w),
-                               sum[i]);
-        }
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < kKeys; ++i) store(turned + (k + i) * kLanes, sum[i]);
-        ahead.fetch(kKeys * row_lines);
-      }
-      Vec v[kLanes];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes; ++i) v[i] = load(turned + i * kLanes);
-      transpose(v);
-      for (int64_t r = 0; r < kLanes && r < count; ++r) store(to + r * kPanel + k0, v[r]);
-    }
-  }
-#else
-  static constexpr bool kTurnsScores = false;
-#endif
 
   // `to`: sums of kPanel columns of each row, the next columns next_columns further.
   template <class Stored, int R>

@@ -52,7 +52,7 @@ inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const 
   const float* scale =
       from.scale ? from.scale + scale_first + head * from.scale_stride.head : nullptr;
   rows.count = end - begin;
-  if (a.block == 1 && !scale) {  // indirect
+  if (a.block == 1 && !scale) {  // beam indices: 43 for 55 ns/KB of one head
     for (int64_t p = begin; p < end; ++p)
       rows.row[p - begin] =
           base + s.table[p] * from.stride.block * size + (a.absolute ? p * step : 0);

@@ -95,6 +95,7 @@ class Attend {
     keys_ = s.take<Input>(kKeyChunk * width_);
     values_ = s.take<Input>(kKeyChunk * value_width_);
     stage_ = s.take<Input>(kPanel * (width_ > value_width_ ? width_ : value_width_));
+    turned_ = s.take<Input>(kPanel * width_);
     const int64_t rows = kBlock > together_ * kFewRows ? kBlock : together_ * kFewRows;
     scores_ = s.take<float>(rows * kKeyChunk);
     weights_ = s.take<Input>(rows * kWeightsRow);
@@ -304,7 +305,7 @@ class Attend {
     const int64_t rows = heads * count, padded = round_up(now_->keys.count, kPanel);
     typename FewRows<Tile>::Ahead ahead(keys, values, next_->keys);
     FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, keys, width_, keys_, count, stage_,
-                          scores_, ahead);
+                          turned_, scores_, ahead);
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = scores_ + r / count * kFewRows * kKeyChunk + r % count * kPanel;
       weigh(begin, r, {scores, kFewRows * kPanel, padded}, weights_ + r * kWeightsRow,
@@ -373,7 +374,7 @@ class Attend {
   const AttentionArgs& a_;
   const int64_t width_, value_width_, together_;
   int64_t scratch_, first_head_ = 0;
-  Input *queries_, *keys_, *values_, *stage_, *weights_;
+  Input *queries_, *keys_, *values_, *stage_, *turned_, *weights_;
   float *scores_, *products_, *sums_;
   Softmax running_;
   RowInfo* rows_;

@@ -1,6 +1,7 @@
 // The products of attention for few rows, as in decoding: keys and values are read as they lie,
-// once for all rows, and nothing is packed. Keys change rows for lanes in registers, values of two
-// keys are zipped there. The sums are those of gemm_tile.h, bit for bit: chains over ascending k.
+// once for all rows, and nothing is packed, but for keys that more rows see than share a pass. Keys
+// change rows for lanes in registers, values of two keys are zipped there. The sums are those of
+// gemm_tile.h, bit for bit: chains over ascending k.
 #pragma once
 
 #include "attention_pack.h"
@@ -292,10 +293,10 @@ class FewRows {
   static constexpr int64_t kRows = kFewRows;
 
   // scores[head][kKeyChunk / kPanel][kRows][kPanel] of `count` queries of each head, which lie
-  // [head][words][kRows]. stage: kPanel rows of width elements.
+  // [head][words][kRows]. stage and turned: kPanel rows of width elements.
   static void scores(KvType type, bool scaled, const FewPart& keys, int64_t width,
-                     const Input* queries, int64_t count, Input* stage, float* scores,
-                     LinesAhead& ahead) {
+                     const Input* queries, int64_t count, Input* stage, Input* turned,
+                     float* scores, LinesAhead& ahead) {
     with_words(type, keys.bytes, width, [&](auto word, auto direct) {
       using Word = decltype(word);
       constexpr int64_t kElements = 4 / sizeof(Word);
@@ -308,11 +309,15 @@ class FewRows {
             rows.widen(type, keys, first, h, width, stage, lines_of(keys.bytes), ahead);
           }
           by_blocks(count, [&](int64_t r, auto block) {
-            score<Word, decltype(block)::value>(
-                rows, width / kElements, queries + h * kRows * width + r * (4 / sizeof(Input)),
-                scaled ? keys.rows->scale + first : nullptr,
-                scores + kRows * (h * kKeyChunk + first) + r * kPanel, direct.value && r == 0,
-                ahead);
+            const auto with = [&](auto panel) {
+              score<Word, decltype(block)::value, decltype(panel)::value>(
+                  rows, width / kElements, queries + h * kRows * width + r * (4 / sizeof(Input)),
+                  scaled ? keys.rows->scale + first : nullptr,
+                  scores + kRows * (h * kKeyChunk + first) + r * kPanel,
+                  reinterpret_cast<float*>(turned), direct.value, ahead);
+            };
+            if (count <= kBlock) return with(Count<kTurn>{});
+            r == 0 ? with(Count<kTurnAndKeep>{}) : with(Count<kKept>{});
           });
         }
     });
@@ -378,10 +383,12 @@ class FewRows {
     f(Input{}, Flag<false>{});
   }
 
-  template <class Word, int R>
+  // What the first of some blocks turns is kept for the others: turned[word][kPanel].
+  static constexpr int kTurn = 0, kTurnAndKeep = 1, kKept = 2;
+  template <class Word, int R, int kWords>
   __attribute__((noinline)) static void score(const PanelRows<Input>& rows, int64_t words,
                                               const Input* queries, const float* scale, float* to,
-                                              bool fetches, LinesAhead& ahead) {
+                                              float* turned, bool fetches, LinesAhead& ahead) {
     for (int64_t k = 0; k < kPanel; k += kGroups * kLanes) {
       Vec sum[kGroups][R];
 #pragma GCC unroll 2
@@ -391,10 +398,19 @@ class FewRows {
       for (int64_t i = 0; i < words; i += kTurned) {
         Vec v[kGroups][kTurned];
 #pragma GCC unroll 2
-        for (int g = 0; g < kGroups; ++g)
-          load_turned(rows.row + k + g * kLanes, rows.offset + 4 * i, v[g]);
+        for (int g = 0; g < kGroups; ++g) {
+          float* kept = turned + i * kPanel + k + g * kLanes;
+          if constexpr (kWords != kKept)
+            load_turned(rows.row + k + g * kLanes, rows.offset + 4 * i, v[g]);
+#pragma GCC unroll 16
+          for (int64_t j = 0; j < kTurned; ++j) {
+            if constexpr (kWords == kTurnAndKeep) store(kept + j * kPanel, v[g][j]);
+            if constexpr (kWords == kKept) v[g][j] = load(kept + j * kPanel);
+          }
+        }
         add_words<Word>(queries + i * kFewRows * (4 / sizeof(Word)), v, sum);
-        if (fetches) ahead.fetch<kGroups * kLanes * kTurned * 4 / 64>();
+        if constexpr (kWords != kKept)
+          if (fetches) ahead.fetch<kGroups * kLanes * kTurned * 4 / 64>();
       }
 #pragma GCC unroll 2
       for (int g = 0; g < kGroups; ++g)

@@ -138,7 +138,7 @@ struct FewRows<AmxTile> {
   static_assert(kRows == kFewRows);
 
   static void scores(KvType type, bool scaled, const FewPart& keys, int64_t width,
-                     const bf16_t* queries, int64_t count, bf16_t* stage, float* scores,
+                     const bf16_t* queries, int64_t count, bf16_t* stage, bf16_t*, float* scores,
                      FetchAhead& ahead) {
     Tiles tiles;
     for (int64_t first = 0; first < keys.rows->count; first += kPanel)

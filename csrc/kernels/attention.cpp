@@ -306,20 +306,22 @@ class Attend {
     typename FewRows<Tile>::Ahead ahead(keys, values, next_->keys);
     FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, keys, width_, keys_, count, stage_,
                           turned_, scores_, ahead);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* scores = scores_ + r / count * kFewRows * kKeyChunk + r % count * kPanel;
-      weigh(begin, r, {scores, kFewRows * kPanel, padded}, weights_ + r * kWeightsRow,
-            {largest + r, sum + r});
-      ahead.of_weights(rows);
-    }
+    for (int64_t h = 0, r = 0; h < heads; ++h)
+      for (int64_t i = 0; i < count; ++i, ++r) {
+        float* scores = scores_ + h * kFewRows * kKeyChunk + i * kPanel;
+        weigh(begin, r, {scores, kFewRows * kPanel, padded}, weights_ + r * kWeightsRow,
+              {largest + r, sum + r});
+        ahead.of_weights(rows);
+      }
     join(running_, {largest, sum}, rows, old_part, new_part);
     FewRows<Tile>::values(a_.value.type, values, value_width_, weights_, kWeightsRow, count, stage_,
                           values_, products_, ahead);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t d = 0; d < value_width_; d += kPanel)
-        join_values(sums_ + r * value_width_ + d,
-                    products_ + r / count * count * value_width_ + d * count + r % count * kPanel,
-                    kPanel, old_part[r], new_part[r]);
+    for (int64_t h = 0, r = 0; h < heads; ++h)
+      for (int64_t i = 0; i < count; ++i, ++r)
+        for (int64_t d = 0; d < value_width_; d += kPanel)
+          join_values(sums_ + r * value_width_ + d,
+                      products_ + (h * value_width_ + d) * count + i * kPanel, kPanel, old_part[r],
+                      new_part[r]);
   }
 
   // Rows [first, first + count) over the packed chunk.

@@ -59,8 +59,8 @@ struct DecodedBf16 {
 // latency of VDPBF16PS. Lines are fetched in their order all the same.
 //
 // From three rows on, bytes are decoded a step before they are multiplied: the products of some
-// rows fill the queues of a Zen 4, and would let no decoding past (4 rows 35.8 -> 38.8 GB/s from the
-// second-level cache, 8 rows 19.8 -> 24.7; 2 rows 51.6 -> 46.4).
+// rows fill the queues of a Zen 4, and would let no decoding past (4 rows 35.8 -> 38.8 GB/s from
+// the second-level cache, 8 rows 19.8 -> 24.7; 2 rows 51.6 -> 46.4).
 template <int R, int kBlocks, class Decoder>
 LMFUSE_INLINE void bf16_blocks(const WoqStep& s, const Decoder& decode, WoqBlocks& at) {
   constexpr int kPairs = Decoder::kPairs;

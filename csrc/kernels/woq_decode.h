@@ -161,8 +161,8 @@ struct BytesToBf16 {
   }
   LMFUSE_INLINE void operator()(const char* codes, __m512i (&pairs)[kPairs]) const {
     // In each four channels, both columns of a pair beside each other.
-    const __m512i order = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const __m512i order =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
     const __m512i code = _mm512_shuffle_epi8(_mm512_loadu_si512(codes), order);
     const __m512i size = kInt8 ? _mm512_abs_epi8(code) : code;
     const __mmask64 some = kInt8 ? _mm512_test_epi8_mask(code, code) : ~__mmask64{0};

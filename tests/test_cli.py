@@ -61,7 +61,7 @@ def test_env_says_why_a_level_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     levels = {level.name: level for level in machine.describe().levels}
     assert not levels["avx2"].missing
     assert levels["avx512"].missing == "the processor does not show avx512bw"
-    assert "avx512_bf16, avx512_vnni" in levels["avx512_bf16"].missing
+    assert "avx512_bf16, avx512_vnni, avx512vbmi" in levels["avx512_bf16"].missing
 
 
 def test_env_says_when_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

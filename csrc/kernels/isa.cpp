@@ -79,7 +79,7 @@ int best_level() {
   if (!avx2) return 0;
   const bool avx512 = (state & 0xe6) == 0xe6 && bits(l7.b, {16, 17, 30, 31});  // F, DQ, BW, VL
   if (!avx512) return 1;
-  const bool bf16 = bits(l71.a, {5}) && bits(l7.c, {11});  // AVX512_BF16, AVX512_VNNI
+  const bool bf16 = bits(l71.a, {5}) && bits(l7.c, {1, 11});  // AVX512_BF16, VBMI, VNNI
   if (!bf16) return 2;
 #if defined(LMFUSE_SOFT_TILES)
   return 4;  // whose tiles are plain C++ in this build

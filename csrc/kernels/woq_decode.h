@@ -125,47 +125,53 @@ struct NibblesToBf16 {
   }
 };
 
-// A byte shifted to the top of a word is 2^24 times its value; as fp32 its lower half is zero, and
-// the exponent of its upper half, if it is not zero as a whole, is 24 too large.
-struct Int8ToBf16 {
-  static constexpr int kColumns = 4, kPairs = 2;
-  __m512i to_top[4];
-
-  LMFUSE_INLINE Int8ToBf16() {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)  // of each 16 bytes: 0, 4, 8, 12, and zeros
-      to_top[i] = _mm512_add_epi32(
-          _mm512_broadcast_i32x4(_mm_setr_epi32(0x00808080, 0x04808080, 0x08808080, 0x0c808080)),
-          _mm512_set1_epi32(i << 24));
-  }
-  LMFUSE_INLINE __m512i pair(__m512i words, int first) const {
-    const auto wide = [&](int i) LMFUSE_LAMBDA {
-      return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_shuffle_epi8(words, to_top[i])));
-    };
-    const __m512i both = _mm512_or_si512(_mm512_srli_epi32(wide(first), 16), wide(first + 1));
-    return _mm512_subs_epu16(both, _mm512_set1_epi16(24 << 7));
-  }
-  LMFUSE_INLINE void operator()(const char* codes, __m512i (&pairs)[kPairs]) const {
-    const __m512i words = _mm512_loadu_si512(codes);
-    pairs[0] = pair(words, 0);
-    pairs[1] = pair(words, 2);
+// Both bytes of bf16 for each magnitude of a byte. None has its own place but for two: an int8 of 0
+// takes none of them, and leaves the first to -128.
+struct ByteTable {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr explicit ByteTable(float (*value)(int)) : low{}, high{} {
+    for (int i = 0; i < 128; ++i) {
+      const uint32_t bits = __builtin_bit_cast(uint32_t, value(i)) >> 16;
+      low[i] = static_cast<uint8_t>(bits);
+      high[i] = static_cast<uint8_t>(bits >> 8);
+    }
   }
 };
+constexpr float int8_size(int i) { return static_cast<float>(i ? i : 128); }
+constexpr float e4m3_size(int i) {
+  if (i == 0x7f) return __builtin_nanf("");
+  if (i < 8) return static_cast<float>(i) * 0x1p-9f;
+  return __builtin_bit_cast(float, (i + (120 << 3)) << 20);
+}
+constexpr ByteTable kInt8Sizes(int8_size), kE4m3Sizes(e4m3_size);
 
-// By way of fp32: four channels of four columns at a time.
-struct Fp8ToBf16 {
+// 64 codes at once: their magnitudes by table, byte by byte, and the signs.
+template <bool kInt8>
+struct BytesToBf16 {
   static constexpr int kColumns = 4, kPairs = 2;
+  __m512i low[2], high[2];
 
-  LMFUSE_INLINE void operator()(const char* codes, __m512i (&pairs)[kPairs]) const {
-    const auto* from = reinterpret_cast<const e4m3_t*>(codes);
-    Vec halves[2], first, second;
+  LMFUSE_INLINE BytesToBf16() {
+    const ByteTable& sizes = kInt8 ? kInt8Sizes : kE4m3Sizes;
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h)
-      halves[h] = bit_cast<Vec>(_mm512_cvtne2ps_pbh(load(from + 32 * h + 16).v,  //
-                                                    load(from + 32 * h).v));
-    deinterleave(halves[0], halves[1], first, second);
-    pairs[0] = bit_cast<__m512i>(first);
-    pairs[1] = bit_cast<__m512i>(second);
+    for (int i = 0; i < 2; ++i) {
+      low[i] = _mm512_load_si512(sizes.low + 64 * i);
+      high[i] = _mm512_load_si512(sizes.high + 64 * i);
+    }
+  }
+  LMFUSE_INLINE void operator()(const char* codes, __m512i (&pairs)[kPairs]) const {
+    // In each four channels, both columns of a pair beside each other.
+    const __m512i order =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const __m512i code = _mm512_shuffle_epi8(_mm512_loadu_si512(codes), order);
+    const __m512i size = kInt8 ? _mm512_abs_epi8(code) : code;
+    const __mmask64 some = kInt8 ? _mm512_test_epi8_mask(code, code) : ~__mmask64{0};
+    const __m512i lower = _mm512_permutex2var_epi8(low[0], size, low[1]);
+    const __m512i upper = _mm512_ternarylogic_epi32(
+        _mm512_maskz_permutex2var_epi8(some, high[0], size, high[1]), code, _mm512_set1_epi8(-128),
+        0xf8);  // a | (b & c)
+    pairs[0] = _mm512_unpacklo_epi8(lower, upper);
+    pairs[1] = _mm512_unpackhi_epi8(lower, upper);
   }
 };
 
@@ -174,9 +180,9 @@ template <class F>
 LMFUSE_INLINE void with_bf16_decoder(const WoqFormat& f, F use) {
   switch (f.kind) {
     case WoqKind::int8:
-      return use(Int8ToBf16());
+      return use(BytesToBf16<true>());
     case WoqKind::fp8:
-      return use(Fp8ToBf16());
+      return use(BytesToBf16<false>());
     case WoqKind::int4:
       return use(NibblesToBf16(middle(f) != 0.0f ? kBf16Int4Middle : kBf16Int4));
     case WoqKind::nf4:

@@ -1,8 +1,9 @@
 """Which instruction sets the kernels use: chosen at run time, visible, and forceable.
 
 `generic` is plain C++; `avx2` needs AVX2, FMA and F16C; `avx512` F, DQ, BW and VL; `avx512_bf16`
-BF16 and VNNI besides; `amx` the tile, BF16 and INT8 units. The best that CPU and operating system
-have is active from the start; the environment variable `LMFUSE_ISA` or `use_isa` choose another.
+BF16, VNNI and VBMI besides (Zen 4, Sapphire Rapids and newer); `amx` the tile, BF16 and INT8 units.
+The best that CPU and operating system have is active from the start; the environment variable
+`LMFUSE_ISA` or `use_isa` choose another.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _FLAGS = {
     "generic": (),
     "avx2": ("avx", "avx2", "fma", "f16c"),
     "avx512": ("avx512f", "avx512dq", "avx512bw", "avx512vl"),
-    "avx512_bf16": ("avx512_bf16", "avx512_vnni"),
+    "avx512_bf16": ("avx512_bf16", "avx512_vnni", "avx512vbmi"),
     "amx": ("amx_tile", "amx_bf16", "amx_int8"),
 }
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attention_pack.h"
+#include "bytes.h"
 #include "gemm_tile.h"
 
 namespace lmfuse::LMFUSE_ISA {
@@ -230,13 +231,14 @@ template <class Stored, int R>
 LMFUSE_INLINE void add_words(const bf16_t* queries, const Vec (&v)[kGroups][kTurned],
                              Vec (&sum)[kGroups][R]) {
   constexpr int kPairs = 2 / sizeof(Stored);  // in a word
+  [[maybe_unused]] const BytesToBf16<true> widen;
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kTurned; ++i) {
     Vec pair[kPairs][kGroups];
 #pragma GCC unroll 2
     for (int g = 0; g < kGroups; ++g)
       if constexpr (kPairs == 2) {
-        widen_bytes(v[g][i], pair[0][g], pair[1][g]);
+        widen(v[g][i], pair[0][g], pair[1][g]);
       } else {
         pair[0][g] = v[g][i];
       }

@@ -13,7 +13,6 @@
 //   transpose(v)   kLanes vectors of kLanes 32-bit elements, rows to columns; bits are kept
 //   load_turned    kTurned words of each of kLanes rows, rows to lanes
 //   zip            2 * kLanes elements of each of two rows, in turn, as bf16
-//   widen_bytes    4 * kLanes int8, in words, to two vectors of pairs of bf16 (AVX-512)
 //   sum(v)         one fixed tree, whatever the data
 //   Words          kLanes words of 32 bits: load_words, store_words, >>, &, number (to fp32)
 //   byte(w, i)     byte i of each word, signed; top(w, i): times 2^24, for an i known late

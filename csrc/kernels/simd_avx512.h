@@ -265,14 +265,6 @@ LMFUSE_INLINE void zip(const i8_t* a, const i8_t* b, Vec& first, Vec& second) {
   first = join_halves(wide(a), wide(b));
   second = join_halves(wide(a + kLanes), wide(b + kLanes));
 }
-LMFUSE_INLINE void widen_bytes(Vec bytes, Vec& first, Vec& second) {
-  const __m512i x = _mm512_castps_si512(bytes.v);
-  const auto wide = [](__m512i upper) LMFUSE_LAMBDA {
-    return Vec{_mm512_cvtepi32_ps(_mm512_srai_epi32(upper, 24))};
-  };
-  first = join_halves(wide(_mm512_slli_epi32(x, 24)), wide(_mm512_slli_epi32(x, 16)));
-  second = join_halves(wide(_mm512_slli_epi32(x, 8)), wide(x));
-}
 template <class T>
 LMFUSE_INLINE void zip(const T* a, const T* b, bf16_t* to) {
   Vec first, second;

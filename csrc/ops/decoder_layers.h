@@ -310,11 +310,11 @@ class DecoderCaches {
     LMFUSE_CHECK_VALUE(layers.size() == of.size(), "the caches are for ",
                        static_cast<int64_t>(layers.size()), " layers, but there are ",
                        static_cast<int64_t>(of.size()));
-    LMFUSE_CHECK(kv_heads_ == of[0].kv_heads && head_dim_ == of[0].head_dim,
-                 "a cache must be a CPU tensor [", of[0].kv_heads, ", slots, ", of[0].head_dim,
-                 "]");
-    LMFUSE_CHECK(type_ == KvType::i8 || static_cast<int>(type_) == static_cast<int>(dtype),
-                 "the caches must have the dtype of hidden_states, or be int8");
+    LMFUSE_CHECK_VALUE(kv_heads_ == of[0].kv_heads && head_dim_ == of[0].head_dim,
+                       "the caches must be CPU tensors [", of[0].kv_heads, ", slots, ",
+                       of[0].head_dim, "]");
+    LMFUSE_CHECK_VALUE(type_ == KvType::i8 || static_cast<int>(type_) == static_cast<int>(dtype),
+                       "the caches must have the dtype of hidden_states, or be int8");
   }
 
   std::vector<DecoderCache> layers;

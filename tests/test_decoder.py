@@ -272,7 +272,7 @@ def test_bad_layouts() -> None:
     broken[0, 1] = 99
     with pytest.raises(ValueError, match="the norm before attention is 99"):
         functional.DecoderStack(run.stack.parameters, broken, run.stack.numbers)
-    with pytest.raises(RuntimeError, match="layout must be"):
+    with pytest.raises(ValueError, match="layout must be"):
         functional.DecoderStack(run.stack.parameters, broken[:, 1:], run.stack.numbers)
     assert all(torch.equal(a, b) for a, b in zip(run.caches, before, strict=True))
     two = [make(F32), make(F32, window=3)]

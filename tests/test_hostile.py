@@ -202,6 +202,20 @@ def _decoder_int8() -> Arguments:
     return _decoder() | {"caches": (*(_bytes(2, 12, 16) for _ in range(2)), *scales)}
 
 
+def _described(parameters: tuple[Tensor, ...], layout: Tensor, numbers: Tensor) -> Tensor:
+    """A decoder whose layers somebody else wrote down."""
+    stack = F.DecoderStack(list(parameters), layout, numbers)
+    with torch.no_grad():
+        return F.decoder(**_decoder() | {"stack": stack})
+
+
+def _stack() -> Arguments:
+    stack: F.DecoderStack = _decoder()["stack"]
+    return {
+        "parameters": tuple(stack.parameters), "layout": stack.layout, "numbers": stack.numbers
+    }  # fmt: skip
+
+
 def _angles() -> Arguments:
     return {
         "sin": _heads(10), "cos": _heads(10), "rotary_dim": 16, "rotary_half": True,
@@ -282,6 +296,13 @@ def test_tensors(call: str) -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_tensors_where_autograd_looks_on(call: str) -> None:
     check_tensors(CALLS[call], SAME)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_a_decoder() -> None:
+    """Of whose parameters the op says which they are of the layer."""
+    parts = ("norm", "query", "key", "value", "output", "gate", "up", "down")
+    check_tensors((_described, _stack), HOSTILE, parts)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -102,8 +102,9 @@ class DecoderReader {
   Vector vector(const char* name, int64_t& size) {
     const Tensor* t = parameter(name);
     if (!t) return {};
-    LMFUSE_CHECK(t->is_cpu() && t->dim() == 1 && t->is_contiguous(), name,
-                 " must be a contiguous CPU vector");
+    LMFUSE_CHECK_VALUE(
+        t->is_cpu() && t->dim() == 1 && t->is_contiguous() && t->scalar_type() != ScalarType::Byte,
+        name, " must be a contiguous CPU vector, not of bytes");
     LMFUSE_CHECK_VALUE(size == 0 || t->size(0) == size, name, " has ", t->size(0),
                        " elements, but must have ", size);
     size = t->size(0);
@@ -115,9 +116,9 @@ class DecoderReader {
     n.kind = integer(0, 2, name);
     n.weight = vector(name, n.size);
     n.bias = vector(name, n.size);
-    LMFUSE_CHECK(!n.bias.data || (n.weight.data && n.bias.dtype == n.weight.dtype), name,
-                 " has a bias that is not of the dtype of its weight");
-    LMFUSE_CHECK(n.kind == DecoderNorm::none || n.weight.data, name, " has no weight");
+    LMFUSE_CHECK_VALUE(!n.bias.data || (n.weight.data && n.bias.dtype == n.weight.dtype), name,
+                       " has a bias that is not of the dtype of its weight");
+    LMFUSE_CHECK_VALUE(n.kind == DecoderNorm::none || n.weight.data, name, " has no weight");
     n.eps = number();
     n.offset = number();
     return n;
@@ -256,14 +257,14 @@ class DecoderStack {
   DecoderStack(std::vector<Tensor> parameters, const Tensor& layout, const Tensor& numbers)
       : parameters_(std::move(parameters)) {
     constexpr int64_t n = DecoderReader::kIntegers, f = DecoderReader::kNumbers;
-    LMFUSE_CHECK(layout.is_cpu() && layout.dim() == 2 && layout.is_contiguous() &&
-                     layout.scalar_type() == ScalarType::Long && layout.size(1) == n &&
-                     layout.size(0) > 0,
-                 "layout must be a contiguous CPU tensor of int64, [layers, ", n, "]");
-    LMFUSE_CHECK(numbers.is_cpu() && numbers.dim() == 2 && numbers.is_contiguous() &&
-                     numbers.scalar_type() == ScalarType::Double &&
-                     numbers.size(0) == layout.size(0) && numbers.size(1) == f,
-                 "numbers must be a contiguous CPU tensor of float64, [layers, ", f, "]");
+    LMFUSE_CHECK_VALUE(layout.is_cpu() && layout.dim() == 2 && layout.is_contiguous() &&
+                           layout.scalar_type() == ScalarType::Long && layout.size(1) == n &&
+                           layout.size(0) > 0,
+                       "layout must be a contiguous CPU tensor of int64, [layers, ", n, "]");
+    LMFUSE_CHECK_VALUE(numbers.is_cpu() && numbers.dim() == 2 && numbers.is_contiguous() &&
+                           numbers.scalar_type() == ScalarType::Double &&
+                           numbers.size(0) == layout.size(0) && numbers.size(1) == f,
+                       "numbers must be a contiguous CPU tensor of float64, [layers, ", f, "]");
     const auto* integer = static_cast<const int64_t*>(layout.const_data_ptr());
     const auto* number = static_cast<const double*>(numbers.const_data_ptr());
     layout_.assign(integer, integer + layout.numel());

@@ -146,7 +146,8 @@ class DecoderStack:
 
     def __post_init__(self) -> None:
         with torch.no_grad():
-            self._number: int = call(_open, self.parameters, self.layout, self.numbers)
+            given = self.parameters, self.layout, self.numbers
+            self._number: int = call(_open, *given, check=_check_stack)
         weakref.finalize(self, _close, self._number).atexit = False
 
     def __len__(self) -> int:
@@ -304,6 +305,19 @@ def decoder(
     args = (hidden_states, stack._number, caches._number, slots, block_tables, cu_seqlens, cos, sin)
     result: Tensor = call(_decoder, *args, check=_check_decoder)
     return result
+
+
+def _check_stack(parameters: list[Tensor], layout: Tensor, numbers: Tensor) -> None:
+    for i, x in enumerate(parameters):
+        name = f"parameters[{i}]"
+        _check.held(name, x, (*_check.FLOATS, torch.uint8))
+        if x.dim() != 1 or not x.is_contiguous():
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and strides {x.stride()}, but must have one "
+                "dimension and be contiguous"
+            )
+    _check.held("layout", layout, (torch.int64,))
+    _check.held("numbers", numbers, (torch.float64,))
 
 
 def _check_caches(tensors: list[Tensor]) -> None:

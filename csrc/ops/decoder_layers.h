@@ -144,7 +144,7 @@ class DecoderReader {
     }
     int64_t size = l.n;
     l.bias = vector(name, size);
-    LMFUSE_CHECK(t || !l.bias.data, name, " has a bias, but no weight");
+    LMFUSE_CHECK_VALUE(t || !l.bias.data, name, " has a bias, but no weight");
     return l;
   }
 
@@ -196,8 +196,8 @@ class DecoderReader {
     LMFUSE_CHECK_VALUE(l.heads % l.kv_heads == 0, "there are ", l.heads, " heads, which ",
                        l.kv_heads, " KV heads do not divide");
     LMFUSE_CHECK_VALUE(l.rotary_dim % 2 == 0, "rotary_dim is ", l.rotary_dim, ", but must be even");
-    LMFUSE_CHECK(l.query.n && l.output.n && l.gate.n && l.down.n,
-                 "query, output, gate and down must be given");
+    LMFUSE_CHECK_VALUE(l.query.n && l.output.n && l.gate.n && l.down.n,
+                       "query, output, gate and down must be given");
     const int64_t hidden = l.hidden();
     l.columns = l.query.n + l.key.n + l.value.n;
     const int64_t span = (l.kv_heads - 1) * l.head_stride + l.head_dim;
@@ -212,16 +212,16 @@ class DecoderReader {
     const int64_t inner = l.inner();
     fits(l.gate, l.gated && !l.up.n ? 2 * inner : inner, hidden, "gate");
     if (l.up.n) fits(l.up, inner, hidden, "up");
-    LMFUSE_CHECK(l.gated || !l.up.n, "up is given, but the MLP is not gated");
-    LMFUSE_CHECK(!l.gated || l.activation == PostOp::silu || l.activation == PostOp::gelu_erf ||
-                     l.activation == PostOp::gelu_tanh,
-                 "the activation of a gated MLP must be silu or gelu");
+    LMFUSE_CHECK_VALUE(l.gated || !l.up.n, "up is given, but the MLP is not gated");
+    LMFUSE_CHECK_VALUE(!l.gated || l.activation == PostOp::silu ||
+                           l.activation == PostOp::gelu_erf || l.activation == PostOp::gelu_tanh,
+                       "the activation of a gated MLP must be silu or gelu");
     for (const DecoderNorm* n :
          {&l.attention_input, &l.attention_output, &l.mlp_input, &l.mlp_output})
       fits(*n, hidden, "a norm");
     fits_heads(l.query_norm, l, l.heads);
     fits_heads(l.key_norm, l, l.kv_heads);
-    LMFUSE_CHECK(
+    LMFUSE_CHECK_VALUE(
         !l.parallel || (l.attention_output.kind == DecoderNorm::none &&
                         l.mlp_output.kind == DecoderNorm::none && l.residual_scale == 1.0f),
         "a parallel layer has no norms after its parts and no residual scale");

@@ -20,7 +20,8 @@ from lmfuse.generation import Cache
 from lmfuse.hf import decoder as joint
 from lmfuse.modules import QuantizedLinear
 from lmfuse.quantization import WeightOnlyConfig
-from test_decoder import DIM, HIDDEN, INNER, Run, generated, inputs, make, model_of
+from test_decoder import DIM, HIDDEN, INNER, Run, make
+from test_decoder_models import generated, inputs, model_of
 
 _NAMES = ("query", "key", "value", "output", "gate", "up", "down")
 

@@ -118,7 +118,7 @@ def classes(model: nn.Module) -> list[type]:
 
 def replaced(model: nn.Module) -> Counter[str]:
     """Of modules; of the attention of the whole model tell the tests in test_hf_attention.py, of
-    whole layers and their angles those in test_decoder.py."""
+    whole layers and their angles those in test_decoder_models.py."""
     others = ("decoder layer", "stack of decoder layers", "table of angles")
     found = hf.report(model).replaced.items()
     return Counter(v for k, v in found if k != "attention" and v not in others)

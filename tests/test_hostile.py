@@ -180,6 +180,42 @@ def _experts() -> Arguments:
     }  # fmt: skip
 
 
+def _decoder() -> Arguments:
+    norm = F.DecoderNorm(torch.rand(32))
+    q, kv, inner = (F.DecoderLinear(F.pack_linear(torch.randn(n, 32))) for n in (64, 32, 40))
+    o, down = (F.DecoderLinear(F.pack_linear(torch.randn(32, k))) for k in (64, 40))
+    layer = F.DecoderLayer(
+        4, 2, 16, q, kv, kv, o, inner, inner, down, 0.25,
+        attention_input=norm, mlp_input=norm, rotary_dim=16,
+    )  # fmt: skip
+    return {
+        "hidden_states": torch.randn(2, 3, 32), "stack": F.decoder_stack([layer]),
+        "caches": tuple(torch.zeros(2, 12, 16) for _ in range(2)),
+        "slots": torch.tensor([0, 2, 4, 1, 3, 5]), "cu_seqlens": torch.tensor([0, 3, 6]),
+        "block_tables": torch.tensor([[0, 2, 4], [1, 3, 5]]).int(),
+        "cos": torch.randn(2, 3, 16), "sin": torch.randn(2, 3, 16),
+    }  # fmt: skip
+
+
+def _decoder_int8() -> Arguments:
+    scales = tuple(torch.zeros(2, 12) for _ in range(2))
+    return _decoder() | {"caches": (*(_bytes(2, 12, 16) for _ in range(2)), *scales)}
+
+
+def _described(parameters: tuple[Tensor, ...], layout: Tensor, numbers: Tensor) -> Tensor:
+    """A decoder whose layers somebody else wrote down."""
+    stack = F.DecoderStack(list(parameters), layout, numbers)
+    with torch.no_grad():
+        return F.decoder(**_decoder() | {"stack": stack})
+
+
+def _stack() -> Arguments:
+    stack: F.DecoderStack = _decoder()["stack"]
+    return {
+        "parameters": tuple(stack.parameters), "layout": stack.layout, "numbers": stack.numbers
+    }  # fmt: skip
+
+
 def _angles() -> Arguments:
     return {
         "sin": _heads(10), "cos": _heads(10), "rotary_dim": 16, "rotary_half": True,
@@ -234,6 +270,8 @@ CALLS: dict[str, Call] = {
         lambda: {"weight": F.pack_linear(torch.randn(20, 40)), "rows": torch.tensor([1, 5])},
     ),
     "experts": (F.experts, _experts),
+    "decoder": (F.decoder, _decoder),
+    "decoder int8": (F.decoder, _decoder_int8),
     "rms norm": (F.rms_norm, lambda: _norm("hidden_states", "weight", eps=1e-6)),
     "layer norm": (F.layer_norm, lambda: _norm("hidden_states", "weight", "bias")),
     "add rms norm": (F.add_rms_norm, lambda: _norm("residual", "x", "weight", add_back=True)),
@@ -260,6 +298,13 @@ def test_tensors_where_autograd_looks_on(call: str) -> None:
     check_tensors(CALLS[call], SAME)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_a_decoder() -> None:
+    """Of whose parameters the op says which they are of the layer."""
+    parts = ("norm", "query", "key", "value", "output", "gate", "up", "down")
+    check_tensors((_described, _stack), HOSTILE, parts)
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_numbers(call: str) -> None:
     check_numbers(CALLS[call])
@@ -270,6 +315,12 @@ def test_more_blocks_than_an_int32_can_count() -> None:
     arguments = _decode() | {f"{n}_cache": cache for n, cache in caches.items()}
     with pytest.raises(ValueError, match="key_cache has 2147483648 blocks"):
         F.single_query_cached_kv_attention(**arguments)
+
+
+def test_more_slots_than_an_int32_can_count() -> None:
+    caches = tuple(torch.zeros(2, 1, 16).expand(-1, 2**31, -1) for _ in range(2))
+    with torch.no_grad(), pytest.raises(ValueError, match="caches have 2147483648 slots"):
+        F.decoder(**_decoder() | {"caches": caches})
 
 
 def test_positions_of_a_cache_are_checked_before_they_are_read() -> None:

@@ -45,7 +45,7 @@ RMS, OFFSET, LN = "rms_norm", "rms_norm (weight + 1)", "layer_norm"
 SILU, TANH, HALF = "silu_mul", "gelu_mul (tanh)", "rope (half)"
 WEIGHTS = "attention weights on demand"
 ATTENTION, GELU_MLP, TANH_MLP = "attention", "linear + gelu", "linear + gelu_tanh"
-# Which layers run whole is a matter of test_decoder.py.
+# Which layers run whole is a matter of test_decoder_models.py.
 WHOLE = {"decoder layer", "stack of decoder layers", "table of angles"}
 
 # name: (family, config, norms in each layer and their kind, what else each layer has fused)

@@ -24,6 +24,22 @@ struct Weights {
   }
 };
 
+// One row by two weights, whose panels are read side by side.
+template <class Tile>
+void pairs(const GemmArgs& a, int64_t row, int64_t first, int64_t last) {
+  const Weights weights(a);
+  const auto* x = static_cast<const typename Tile::Input*>(a.x) + row * a.lda;
+  const int64_t k = packed_k(a.weight_type, a.k);
+  alignas(64) float acc[2][kPanel];
+  for (int64_t p = first; p < last; ++p) {
+    const char* const b[] = {weights.at(0, p), weights.at(1, p)};
+    Ahead ahead[] = {Ahead::within(b[0], weights.panel, weights.at(0, p + 1)),
+                     Ahead::within(b[1], weights.panel, weights.at(1, p + 1))};
+    Tile::run_pair(x, b, k, {acc[0], acc[1]}, ahead);
+    finish(a, {{1, 1, 0}, 0, 1, row, p}, acc[0], acc[1]);
+  }
+}
+
 // Each tile runs over the whole of k.
 template <class Tile>
 void straight(const GemmArgs& a, const RowTiles& rows, int64_t first, int64_t last) {
@@ -133,7 +149,10 @@ void gemm_with(const GemmArgs& a, int64_t begin, int64_t end) {
         continue;
       }
     }
-    straight<Tile>(a, rows, first, first + count);
+    bool done = false;
+    if constexpr (Tile::kPairs)
+      if ((done = a.weight2 && rows.rows == 1)) pairs<Tile>(a, row0, first, first + count);
+    if (!done) straight<Tile>(a, rows, first, first + count);
     begin += count;
   }
 }

@@ -1,5 +1,7 @@
 // A stack of decoder layers over packed weights and caches, in one call: from the hidden states
 // before the first layer to those after the last.
+#include <limits>
+
 #include "decoder_steps.h"
 #include "rope.h"
 
@@ -90,6 +92,8 @@ struct Tables {
     for (int64_t slot : slots)
       LMFUSE_CHECK_VALUE(slot >= 0 && slot < all, "slots has ", slot, ", but the caches have ", all,
                          " slots");
+    LMFUSE_CHECK_VALUE(all <= std::numeric_limits<int32_t>::max(), "the caches have ", all,
+                       " slots, but may have at most 2^31 - 1");
     LMFUSE_CHECK(tables.dim() == 2, "block_tables must have two dimensions");
     LMFUSE_CHECK_VALUE(tables.size(0) == c.batch &&
                            static_cast<int64_t>(first.size()) == c.batch + 1 && first[0] == 0,
@@ -222,7 +226,7 @@ Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, Tensor slots
   for (const DecoderLayer& l : c.layers) rotates = rotates || l.rotary_dim;
   std::optional<RopeTable> table;
   if (rotates) {
-    LMFUSE_CHECK(cos && sin && cos->dim() == 3, "cos and sin must be [batch, tokens, width]");
+    LMFUSE_CHECK_VALUE(cos && sin && cos->dim() == 3, "cos and sin must be [batch, tokens, width]");
     table.emplace(RopeTable{*sin, *cos, {}, 0, true});
     for (const DecoderLayer& l : c.layers)
       table->rotary_dim = std::max(table->rotary_dim, l.rotary_dim);

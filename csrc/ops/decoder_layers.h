@@ -102,8 +102,9 @@ class DecoderReader {
   Vector vector(const char* name, int64_t& size) {
     const Tensor* t = parameter(name);
     if (!t) return {};
-    LMFUSE_CHECK(t->is_cpu() && t->dim() == 1 && t->is_contiguous(), name,
-                 " must be a contiguous CPU vector");
+    LMFUSE_CHECK_VALUE(
+        t->is_cpu() && t->dim() == 1 && t->is_contiguous() && t->scalar_type() != ScalarType::Byte,
+        name, " must be a contiguous CPU vector, not of bytes");
     LMFUSE_CHECK_VALUE(size == 0 || t->size(0) == size, name, " has ", t->size(0),
                        " elements, but must have ", size);
     size = t->size(0);
@@ -115,9 +116,9 @@ class DecoderReader {
     n.kind = integer(0, 2, name);
     n.weight = vector(name, n.size);
     n.bias = vector(name, n.size);
-    LMFUSE_CHECK(!n.bias.data || (n.weight.data && n.bias.dtype == n.weight.dtype), name,
-                 " has a bias that is not of the dtype of its weight");
-    LMFUSE_CHECK(n.kind == DecoderNorm::none || n.weight.data, name, " has no weight");
+    LMFUSE_CHECK_VALUE(!n.bias.data || (n.weight.data && n.bias.dtype == n.weight.dtype), name,
+                       " has a bias that is not of the dtype of its weight");
+    LMFUSE_CHECK_VALUE(n.kind == DecoderNorm::none || n.weight.data, name, " has no weight");
     n.eps = number();
     n.offset = number();
     return n;
@@ -143,7 +144,7 @@ class DecoderReader {
     }
     int64_t size = l.n;
     l.bias = vector(name, size);
-    LMFUSE_CHECK(t || !l.bias.data, name, " has a bias, but no weight");
+    LMFUSE_CHECK_VALUE(t || !l.bias.data, name, " has a bias, but no weight");
     return l;
   }
 
@@ -195,8 +196,8 @@ class DecoderReader {
     LMFUSE_CHECK_VALUE(l.heads % l.kv_heads == 0, "there are ", l.heads, " heads, which ",
                        l.kv_heads, " KV heads do not divide");
     LMFUSE_CHECK_VALUE(l.rotary_dim % 2 == 0, "rotary_dim is ", l.rotary_dim, ", but must be even");
-    LMFUSE_CHECK(l.query.n && l.output.n && l.gate.n && l.down.n,
-                 "query, output, gate and down must be given");
+    LMFUSE_CHECK_VALUE(l.query.n && l.output.n && l.gate.n && l.down.n,
+                       "query, output, gate and down must be given");
     const int64_t hidden = l.hidden();
     l.columns = l.query.n + l.key.n + l.value.n;
     const int64_t span = (l.kv_heads - 1) * l.head_stride + l.head_dim;
@@ -211,16 +212,16 @@ class DecoderReader {
     const int64_t inner = l.inner();
     fits(l.gate, l.gated && !l.up.n ? 2 * inner : inner, hidden, "gate");
     if (l.up.n) fits(l.up, inner, hidden, "up");
-    LMFUSE_CHECK(l.gated || !l.up.n, "up is given, but the MLP is not gated");
-    LMFUSE_CHECK(!l.gated || l.activation == PostOp::silu || l.activation == PostOp::gelu_erf ||
-                     l.activation == PostOp::gelu_tanh,
-                 "the activation of a gated MLP must be silu or gelu");
+    LMFUSE_CHECK_VALUE(l.gated || !l.up.n, "up is given, but the MLP is not gated");
+    LMFUSE_CHECK_VALUE(!l.gated || l.activation == PostOp::silu ||
+                           l.activation == PostOp::gelu_erf || l.activation == PostOp::gelu_tanh,
+                       "the activation of a gated MLP must be silu or gelu");
     for (const DecoderNorm* n :
          {&l.attention_input, &l.attention_output, &l.mlp_input, &l.mlp_output})
       fits(*n, hidden, "a norm");
     fits_heads(l.query_norm, l, l.heads);
     fits_heads(l.key_norm, l, l.kv_heads);
-    LMFUSE_CHECK(
+    LMFUSE_CHECK_VALUE(
         !l.parallel || (l.attention_output.kind == DecoderNorm::none &&
                         l.mlp_output.kind == DecoderNorm::none && l.residual_scale == 1.0f),
         "a parallel layer has no norms after its parts and no residual scale");
@@ -256,14 +257,14 @@ class DecoderStack {
   DecoderStack(std::vector<Tensor> parameters, const Tensor& layout, const Tensor& numbers)
       : parameters_(std::move(parameters)) {
     constexpr int64_t n = DecoderReader::kIntegers, f = DecoderReader::kNumbers;
-    LMFUSE_CHECK(layout.is_cpu() && layout.dim() == 2 && layout.is_contiguous() &&
-                     layout.scalar_type() == ScalarType::Long && layout.size(1) == n &&
-                     layout.size(0) > 0,
-                 "layout must be a contiguous CPU tensor of int64, [layers, ", n, "]");
-    LMFUSE_CHECK(numbers.is_cpu() && numbers.dim() == 2 && numbers.is_contiguous() &&
-                     numbers.scalar_type() == ScalarType::Double &&
-                     numbers.size(0) == layout.size(0) && numbers.size(1) == f,
-                 "numbers must be a contiguous CPU tensor of float64, [layers, ", f, "]");
+    LMFUSE_CHECK_VALUE(layout.is_cpu() && layout.dim() == 2 && layout.is_contiguous() &&
+                           layout.scalar_type() == ScalarType::Long && layout.size(1) == n &&
+                           layout.size(0) > 0,
+                       "layout must be a contiguous CPU tensor of int64, [layers, ", n, "]");
+    LMFUSE_CHECK_VALUE(numbers.is_cpu() && numbers.dim() == 2 && numbers.is_contiguous() &&
+                           numbers.scalar_type() == ScalarType::Double &&
+                           numbers.size(0) == layout.size(0) && numbers.size(1) == f,
+                       "numbers must be a contiguous CPU tensor of float64, [layers, ", f, "]");
     const auto* integer = static_cast<const int64_t*>(layout.const_data_ptr());
     const auto* number = static_cast<const double*>(numbers.const_data_ptr());
     layout_.assign(integer, integer + layout.numel());
@@ -310,11 +311,11 @@ class DecoderCaches {
     LMFUSE_CHECK_VALUE(layers.size() == of.size(), "the caches are for ",
                        static_cast<int64_t>(layers.size()), " layers, but there are ",
                        static_cast<int64_t>(of.size()));
-    LMFUSE_CHECK(kv_heads_ == of[0].kv_heads && head_dim_ == of[0].head_dim,
-                 "a cache must be a CPU tensor [", of[0].kv_heads, ", slots, ", of[0].head_dim,
-                 "]");
-    LMFUSE_CHECK(type_ == KvType::i8 || static_cast<int>(type_) == static_cast<int>(dtype),
-                 "the caches must have the dtype of hidden_states, or be int8");
+    LMFUSE_CHECK_VALUE(kv_heads_ == of[0].kv_heads && head_dim_ == of[0].head_dim,
+                       "the caches must be CPU tensors [", of[0].kv_heads, ", slots, ",
+                       of[0].head_dim, "]");
+    LMFUSE_CHECK_VALUE(type_ == KvType::i8 || static_cast<int>(type_) == static_cast<int>(dtype),
+                       "the caches must have the dtype of hidden_states, or be int8");
   }
 
   std::vector<DecoderCache> layers;

@@ -30,8 +30,8 @@ inline int64_t packed_bytes(DType type, int64_t n, int64_t k) {
 // The only way to the bytes of a packed weight: nothing that its length does not bear out.
 inline Packed open(const Tensor& t, const char* name) {
   static const int32_t byte = aoti_torch_dtype_uint8();
-  LMFUSE_CHECK(t.is_cpu() && t.dim() == 1 && type_code(t) == byte && t.is_contiguous(), name,
-               " must be a packed weight: a contiguous CPU tensor of bytes");
+  LMFUSE_CHECK_VALUE(t.is_cpu() && t.dim() == 1 && type_code(t) == byte && t.is_contiguous(), name,
+                     " must be a packed weight: a contiguous CPU tensor of bytes");
   LMFUSE_CHECK_VALUE(t.numel() >= static_cast<int64_t>(sizeof(Header)), name,
                      " is not a weight that lmfuse packed: it has ", t.numel(), " bytes");
   Header h;

@@ -146,7 +146,8 @@ class DecoderStack:
 
     def __post_init__(self) -> None:
         with torch.no_grad():
-            self._number: int = call(_open, self.parameters, self.layout, self.numbers)
+            given = self.parameters, self.layout, self.numbers
+            self._number: int = call(_open, *given, check=_check_stack)
         weakref.finalize(self, _close, self._number).atexit = False
 
     def __len__(self) -> int:
@@ -182,13 +183,13 @@ class DecoderCaches:
             of hidden_states; or int8, followed by their scales, float32 [kv_heads, slots].
 
     Raises:
-        RuntimeError: tensors that are nothing of the kind.
+        TypeError, ValueError: tensors that are nothing of the kind.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
         with torch.no_grad():
-            self._number: int = call(_open_caches, self.tensors)
+            self._number: int = call(_open_caches, self.tensors, check=_check_caches)
         weakref.finalize(self, _close_caches, self._number).atexit = False
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy is one of other tensors
@@ -288,16 +289,16 @@ def decoder(
         As hidden_states.
 
     Raises:
-        ValueError, RuntimeError: sizes or dtypes that do not belong together; nothing is written.
-        RuntimeError: a gradient is asked for.
+        TypeError, ValueError: sizes or dtypes that do not belong together, or a gradient is asked
+            for; nothing is written.
     """
     if not isinstance(caches, DecoderCaches):
         caches = DecoderCaches(caches)
     if torch.is_grad_enabled():
         if hidden_states.requires_grad:
-            raise RuntimeError(
-                "decoder has no backward: lmfuse is for inference. Run the forward under "
-                "torch.no_grad()"
+            raise ValueError(
+                "hidden_states requires grad, but decoder has no backward: lmfuse is for "
+                "inference. Run the forward under torch.no_grad()"
             )
         with torch.no_grad():
             return decoder(hidden_states, stack, caches, slots, block_tables, cu_seqlens, cos, sin)
@@ -306,12 +307,87 @@ def decoder(
     return result
 
 
-def _check_decoder(hidden_states: Tensor, *_: object) -> None:
+def _check_stack(parameters: list[Tensor], layout: Tensor, numbers: Tensor) -> None:
+    for i, x in enumerate(parameters):
+        name = f"parameters[{i}]"
+        _check.held(name, x, (*_check.FLOATS, torch.uint8))
+        if x.dim() != 1 or not x.is_contiguous():
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and strides {x.stride()}, but must have one "
+                "dimension and be contiguous"
+            )
+    _check.held("layout", layout, (torch.int64,))
+    _check.held("numbers", numbers, (torch.float64,))
+
+
+def _check_caches(tensors: list[Tensor]) -> None:
+    if not tensors:
+        raise ValueError("caches is empty, but must hold at least two tensors")
+    first = _check.held("caches[0]", tensors[0])
+    each = 4 if first.dtype is torch.int8 else 2
+    if len(tensors) % each:
+        raise ValueError(
+            "caches must be two tensors for each layer, or four with the scales of int8, but "
+            f"there are {len(tensors)}"
+        )
+    if first.dim() != 3:
+        raise ValueError(
+            f"caches[0] has shape {tuple(first.shape)}, but must be [kv_heads, slots, head_dim]"
+        )
+    kinds = (*_check.FLOATS, torch.int8) if each == 2 else (torch.int8,)
+    heads, _, dim = first.shape
+    for i, x in enumerate(tensors):
+        name, scales = f"caches[{i}]", i % each > 1
+        _check.held(name, x, (torch.float32,) if scales else kinds)
+        want = tensors[i - 2].shape[:2] if scales else (heads, *x.shape[1:2], dim)
+        if tuple(x.shape) != tuple(want):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, but must have {tuple(want)}")
+        if not scales and dim > 1 and x.stride(2) != 1:
+            raise ValueError(
+                f"{name} must have contiguous rows, but the stride of its last dimension is "
+                f"{x.stride(2)}"
+            )
+        if x.dtype is not (torch.float32 if scales else first.dtype):
+            raise TypeError(f"{name} is {x.dtype}, but must be {first.dtype}, as caches[0]")
+
+
+def _check_decoder(
+    hidden_states: Tensor,
+    stack: int,
+    caches: int,
+    slots: Tensor,
+    block_tables: Tensor,
+    cu_seqlens: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:
     _check.tensor("hidden_states", hidden_states)
     if hidden_states.dim() != 3 or not hidden_states.numel():
         raise ValueError(
             f"hidden_states has shape {tuple(hidden_states.shape)}, but must be [batch, tokens, "
             "hidden], and not empty"
+        )
+    for name, x, dims in (
+        ("slots", slots, 1),
+        ("block_tables", block_tables, 2),
+        ("cu_seqlens", cu_seqlens, 1),
+    ):
+        if _check.held(name, x, (torch.int32, torch.int64)).dim() != dims:
+            raise ValueError(f"{name} has {x.dim()} dimensions, but must have {dims}")
+    batch, tokens, _ = hidden_states.shape
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table is None:
+            continue
+        _check.tensor(name, _check.held(name, table))
+        if table.dim() != 3 or table.shape[1] != tokens or table.shape[0] not in (1, batch):
+            raise ValueError(
+                f"{name} has shape {tuple(table.shape)}, but must be [1 or {batch}, {tokens}, "
+                "width]"
+            )
+    if cos is not None and sin is not None and (cos.shape != sin.shape or cos.dtype != sin.dtype):
+        raise ValueError(
+            f"sin has shape {tuple(sin.shape)} and {sin.dtype}, but must have those of cos, "
+            f"{tuple(cos.shape)} and {cos.dtype}"
         )
 
 

@@ -33,8 +33,8 @@ void pairs(const GemmArgs& a, int64_t row, int64_t first, int64_t last) {
   alignas(64) float acc[2][kPanel];
   for (int64_t p = first; p < last; ++p) {
     const char* const b[] = {weights.at(0, p), weights.at(1, p)};
-    Ahead ahead[] = {Ahead::within(b[0], weights.panel, weights.at(0, p + 1)),
-                     Ahead::within(b[1], weights.panel, weights.at(1, p + 1))};
+    Ahead ahead[] = {Ahead::within(b[0], weights.panel, weights.at(0, p + 1), false),
+                     Ahead::within(b[1], weights.panel, weights.at(1, p + 1), false)};
     Tile::run_pair(x, b, k, {acc[0], acc[1]}, ahead);
     finish(a, {{1, 1, 0}, 0, 1, row, p}, acc[0], acc[1]);
   }

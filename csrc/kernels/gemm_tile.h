@@ -188,8 +188,8 @@ struct DotTile {
     sum[0][0] = sum[0][1] = sum[1][0] = sum[1][1] = zero;
     const char *first = b[0], *second = b[1];
     for (int64_t i = 0; i < k; i += 2, first += 128, second += 128) {
-      ahead[0].step();
-      ahead[1].step();
+      ahead[0].step(first);
+      ahead[1].step(second);
       int pair;
       __builtin_memcpy(&pair, x + i, sizeof(pair));
       const __m512bh xr = bit_cast<__m512bh>(_mm512_set1_epi32(pair));

@@ -8,8 +8,8 @@ namespace {
 
 #if defined(__AVX512BF16__)
 
-// Both bytes of bf16 for each magnitude of a byte. None has its own place but for two: an int8 of 0
-// takes none of them, and leaves the first to -128.
+// Both bytes of bf16 for each magnitude of a byte. int8 has 129 of them for 128 places: 0 is not
+// looked up, and leaves the first to that of -128.
 struct ByteTable {
   alignas(64) uint8_t low[128], high[128];
   constexpr explicit ByteTable(float (*value)(int)) : low{}, high{} {

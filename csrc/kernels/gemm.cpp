@@ -149,10 +149,14 @@ void gemm_with(const GemmArgs& a, int64_t begin, int64_t end) {
         continue;
       }
     }
-    bool done = false;
-    if constexpr (Tile::kPairs)
-      if ((done = a.weight2 && rows.rows == 1)) pairs<Tile>(a, row0, first, first + count);
-    if (!done) straight<Tile>(a, rows, first, first + count);
+    if constexpr (Tile::kPairs) {
+      if (a.weight2 && rows.rows == 1) {
+        pairs<Tile>(a, row0, first, first + count);
+        begin += count;
+        continue;
+      }
+    }
+    straight<Tile>(a, rows, first, first + count);
     begin += count;
   }
 }

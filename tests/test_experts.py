@@ -1,9 +1,10 @@
-"""Mixtures of experts over packed weights, against float64, and as parameters of a model."""
+"""Mixtures of experts, packed or quantized, against float64, and as parameters of a model."""
 
 from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from helpers import assert_same_bits
 from lmfuse import functional
 from lmfuse.functional import PackedExperts
+from lmfuse.quantization.codes import quantize_weight
 
 E, N, K = 5, 36, 40
 ACTS = {
@@ -36,7 +38,7 @@ def expected(
     """In float64, but for what the kernels round: the product of gate and up."""
     rows = []
     for t in range(len(x)):
-        row = torch.zeros(K, dtype=torch.float64)
+        row = torch.zeros(down.shape[1], dtype=torch.float64)
         for e, w in zip(index[t].tolist(), weights[t].double(), strict=True):
             gate, up = (gate_up[e].double() @ x[t].double()).chunk(2)
             hidden = (ACTS[act](gate) * up).to(x.dtype).double()
@@ -59,6 +61,74 @@ def test_tokens_go_through_their_experts(isa: str, dtype: torch.dtype, act: str)
         one = functional.experts(x[t : t + 1], index[t : t + 1], weights[t : t + 1], *packed, act)
         assert_same_bits(one[0], y[t])
     assert functional.experts(x[:0], index[:0], weights[:0], *packed).shape == (0, K)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+@pytest.mark.parametrize(("experts", "chosen"), [(2, 1), (9, 4), (3, 3)])
+@torch.no_grad()
+def test_any_number_of_tokens_experts_and_choices(
+    isa: str, tokens: int, experts: int, chosen: int
+) -> None:
+    n, k = 24, 65
+    x, weights = torch.randn(tokens, k), torch.rand(tokens, chosen)
+    index = torch.rand(tokens, experts).topk(chosen).indices
+    index[-1] = index[-1, 0]  # one expert, several times
+    gate_up, down = torch.randn(experts, 2 * n, k) / 8, torch.randn(experts, k, n) / 5
+    packed = functional.pack_experts(gate_up, 2), functional.pack_experts(down)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = functional.experts(x, index.int(), weights, *packed)
+        close = expected(x, index, weights, gate_up, down, "silu").float()
+        torch.testing.assert_close(y, close, rtol=1e-5, atol=1e-5)
+    strided = functional.experts(
+        x.t().contiguous().t(), index.t().contiguous().t(), weights.t().contiguous().t(), *packed
+    )
+    assert_same_bits(strided, y)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("kind", "group"), [("int8", -1), ("int4", 32), ("nf4", 64), ("fp8", -1)])
+@torch.no_grad()
+def test_quantized_experts(
+    isa: str, dtype: torch.dtype, kind: str, group: int, compute: str
+) -> None:
+    x, index, weights, gate_up, down = sample(dtype)
+    quantized = [quantized_rows(gate_up, 2, kind, group), quantized_rows(down, 1, kind, group)]
+    how: dict[str, Any] = {"compute": compute, "inner_features": N}
+
+    def run(x: Tensor, index: Tensor, weights: Tensor, act: str = "silu") -> Tensor:
+        return functional.experts(x, index, weights, *quantized, act, **how)
+
+    if compute == "int8" and kind in ("nf4", "fp8"):
+        with pytest.raises(ValueError, match="int8 and int4 weights"):
+            run(x, index, weights)
+        return
+    plain = [values(quantized[0], 2, N), values(quantized[1], 1, K)]
+    tolerance = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.05}[compute]
+    tolerance = max(tolerance, {torch.float32: 0, torch.bfloat16: 0.04, torch.float16: 0.01}[dtype])
+    for act in ACTS:
+        y = run(x, index, weights, act)
+        assert y.dtype is dtype
+        close = expected(x, index, weights, *plain, act)
+        torch.testing.assert_close(y.double(), close, rtol=tolerance, atol=tolerance)
+    y = run(x, index, weights)
+    for t in range(len(x)):  # a token's bits do not depend on the others
+        assert_same_bits(run(x[t : t + 1], index[t : t + 1], weights[t : t + 1])[0], y[t])
+    del how["inner_features"]  # the bytes say it, too
+    assert_same_bits(run(x, index, weights), y)
+
+
+def quantized_rows(weight: Tensor, parts: int, kind: str, group: int) -> Tensor:
+    scale_dtype = torch.float32 if group == -1 else torch.bfloat16
+    rows = functional.expert_rows(weight, parts)
+    found = quantize_weight(rows, kind, group, kind != "int4", "plain", scale_dtype)
+    return functional.pack_quantized(kind, found.codes, found.scales, found.zeros, group_size=group)
+
+
+def values(packed: Tensor, parts: int, n: int) -> Tensor:
+    """[experts, parts n, k]: what quantized experts stand for."""
+    plain = functional.dequantize(packed)
+    return plain.view(E * parts, -1, plain.shape[1])[:, :n].reshape(E, parts * n, -1)
 
 
 @torch.no_grad()
@@ -122,3 +192,17 @@ def test_what_cannot_be_is_refused_in_words() -> None:
     for wrong in (-1, 5):
         with pytest.raises(ValueError, match="but there are 5 experts"):
             functional.experts(x, torch.full_like(index, wrong), weights, g, d)
+    with pytest.raises(ValueError, match=r"weight has shape .* must be \[experts, 5 n, k\]"):
+        functional.expert_rows(gate_up, 5)
+    q, r = quantized_rows(gate_up, 2, "int8", -1), quantized_rows(down, 1, "int8", -1)
+    with pytest.raises(TypeError, match="down must come from pack_experts with parts 1"):
+        functional.experts(x, index, weights, g, r)
+    with pytest.raises(ValueError, match=r"gate_up is 640 by 40, but must be a multiple of 96"):
+        functional.experts(x, index, weights, q, r, inner_features=72)
+    fewer = quantized_rows(down[:4], 1, "int8", -1)
+    with pytest.raises(ValueError, match="gate_up has 10 matrices for 4 experts"):
+        functional.experts(x, index, weights, q, fewer, inner_features=N)
+    with pytest.raises(TypeError, match=r"gate_up is torch\.float32"):
+        functional.experts(x, index, weights, gate_up, r)
+    with pytest.raises(ValueError, match="header"):
+        functional.experts(x, index, weights, torch.zeros_like(q), r)

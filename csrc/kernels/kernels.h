@@ -51,6 +51,14 @@ struct AddScaledArgs {
   float scale;
 };
 
+// y[r] = sum over j < count of weights[r, j] * x[from[r, j]], in that order.
+struct MixArgs {
+  Matrix x, y;
+  const int64_t* from;
+  const float* weights;
+  int64_t count, n;
+};
+
 enum class Activation : int8_t { silu, gelu_erf, gelu_tanh };
 
 // y = activation(gate) * up, row by row.
@@ -402,6 +410,7 @@ struct PeakArgs {
   K(norm, NormArgs)                /* rows */                            \
   K(gated, GatedArgs)              /* rows */                            \
   K(add_scaled, AddScaledArgs)     /* rows */                            \
+  K(mix, MixArgs)                  /* rows */                            \
   K(rope, RopeArgs)                /* tokens, that is b * seq_len + s */ \
   K(pack, PackArgs)                /* panels */                          \
   K(unpack, PackArgs)              /* panels */                          \

@@ -2,46 +2,19 @@
 // before the first layer to those after the last.
 #include <limits>
 
+#include "buffers.h"
 #include "decoder_steps.h"
 #include "rope.h"
 
 namespace lmfuse {
 namespace {
 
-// Pieces of one allocation, each on cache lines of its own; the first pass only counts.
-class Buffers {
- public:
-  template <class F>
-  explicit Buffers(const F& carve) {
-    carve(*this);
-    Tensor all = torch::stable::empty({&used_, 1}, ScalarType::Byte);
-    const uintptr_t past = reinterpret_cast<uintptr_t>(all.mutable_data_ptr()) % kLine;
-    at_ = static_cast<char*>(all.mutable_data_ptr()) + (past ? kLine - past : 0);
-    memory_ = all;
-    used_ = kLine;
-    carve(*this);
-  }
-  char* take(int64_t bytes) {
-    char* mine = at_ ? at_ + used_ - kLine : nullptr;
-    used_ += (bytes + kLine - 1) / kLine * kLine;
-    return mine;
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  int64_t used_ = kLine;
-  char* at_ = nullptr;
-  std::optional<Tensor> memory_;
-};
-
 // Rows of k for the products that follow; joint: all workers write them together.
 DecoderStage stage(Buffers& b, const DecoderCall& c, int64_t k, bool joint, int64_t threads) {
   const int64_t copies = c.alone() && !joint ? threads : 1, stride = row_stride(k, c.rows());
-  const int64_t row = stride * c.element(), size = c.rows() * row;
+  const int64_t size = c.rows() * stride * c.element();
   DecoderStage s{b.take(copies * size), stride, copies > 1 ? size : 0};
-  if (s.data && k % kDotStep)  // what lies beyond k is multiplied by zeros
-    for (char* at = s.data; at < s.data + copies * size; at += row)
-      std::memset(at + k * c.element(), 0, row - k * c.element());
+  if (s.data) pad_rows(rows_matrix(s.data, c.type, copies * c.rows(), stride), k);
   return s;
 }
 

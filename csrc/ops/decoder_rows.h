@@ -22,6 +22,14 @@ inline Matrix rows_matrix(void* data, DType type, int64_t rows, int64_t stride) 
   return m;
 }
 
+// Zeros from `width` to the end of each row: what lies there is multiplied by zeros.
+inline void pad_rows(const Matrix& m, int64_t width) {
+  const int64_t element = m.dtype == DType::f32 ? 4 : 2, row = m.rows.stride[0] * element;
+  char* at = static_cast<char*>(m.data) + width * element;
+  for (int64_t r = 0; width % kDotStep && r < m.rows.size[0]; ++r, at += row)
+    std::memset(at, 0, row - width * element);
+}
+
 // m rows of x for products with one linear layer, or with more of its form.
 class DecoderRows {
  public:

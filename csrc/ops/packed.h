@@ -27,15 +27,12 @@ inline int64_t packed_bytes(DType type, int64_t n, int64_t k) {
   return static_cast<int64_t>(sizeof(Header)) + panel_count(n) * panel_bytes(type, k);
 }
 
-// The only way to the bytes of a packed weight: nothing that its length does not bear out.
-inline Packed open(const Tensor& t, const char* name) {
-  static const int32_t byte = aoti_torch_dtype_uint8();
-  LMFUSE_CHECK_VALUE(t.is_cpu() && t.dim() == 1 && type_code(t) == byte && t.is_contiguous(), name,
-                     " must be a packed weight: a contiguous CPU tensor of bytes");
-  LMFUSE_CHECK_VALUE(t.numel() >= static_cast<int64_t>(sizeof(Header)), name,
-                     " is not a weight that lmfuse packed: it has ", t.numel(), " bytes");
+// The only way to the bytes of a packed weight: nothing that their number does not bear out.
+inline Packed open(const void* data, int64_t size, const char* name) {
+  LMFUSE_CHECK_VALUE(size >= static_cast<int64_t>(sizeof(Header)), name,
+                     " is not a weight that lmfuse packed: it has ", size, " bytes");
   Header h;
-  std::memcpy(&h, t.const_data_ptr(), sizeof(h));
+  std::memcpy(&h, data, sizeof(h));
   LMFUSE_CHECK_VALUE(std::memcmp(h.magic, Header::kMagic, sizeof(h.magic)) == 0, name,
                      " is not a weight that this version of lmfuse packed: its header is unknown");
   constexpr int64_t kMost = int64_t{1} << 31;
@@ -43,10 +40,17 @@ inline Packed open(const Tensor& t, const char* name) {
                          h.k > 0 && h.n < kMost && h.k < kMost,
                      name, " has a damaged header: ", h.n, " by ", h.k, ", dtype ", h.dtype);
   const DType type = static_cast<DType>(h.dtype);
-  LMFUSE_CHECK_VALUE(t.numel() == packed_bytes(type, h.n, h.k), name, " has ", t.numel(),
+  LMFUSE_CHECK_VALUE(size == packed_bytes(type, h.n, h.k), name, " has ", size,
                      " bytes, but its header (", h.n, " by ", h.k, ") asks for ",
                      packed_bytes(type, h.n, h.k));
-  return {static_cast<const char*>(t.const_data_ptr()) + sizeof(Header), type, h.n, h.k};
+  return {static_cast<const char*>(data) + sizeof(Header), type, h.n, h.k};
+}
+
+inline Packed open(const Tensor& t, const char* name) {
+  static const int32_t byte = aoti_torch_dtype_uint8();
+  LMFUSE_CHECK_VALUE(t.is_cpu() && t.dim() == 1 && type_code(t) == byte && t.is_contiguous(), name,
+                     " must be a packed weight: a contiguous CPU tensor of bytes");
+  return open(t.const_data_ptr(), t.numel(), name);
 }
 
 // Pieces [begin, end) of some products over the same rows, which are counted product by product:

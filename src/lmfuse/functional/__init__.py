@@ -12,7 +12,7 @@ from lmfuse.functional.decoder import (
     decoder,
     decoder_stack,
 )
-from lmfuse.functional.experts import PackedExperts, experts, pack_experts
+from lmfuse.functional.experts import PackedExperts, expert_rows, experts, pack_experts
 from lmfuse.functional.indirect_attention import (
     gather_indirect,
     indirect_access_kv_cache_attention,
@@ -59,6 +59,7 @@ __all__ = [
     "decoder",
     "decoder_stack",
     "dequantize",
+    "expert_rows",
     "experts",
     "fast_layer_norm",
     "flash_attn_varlen_func",

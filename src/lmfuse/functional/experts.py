@@ -1,9 +1,11 @@
-"""Mixtures of experts over packed weights: each token through the few experts that a router chose.
+"""Mixtures of experts: each token through the few that a router chose, packed or quantized.
 
     y[t] = Σ_j weights[t, j] · down_e(act(gate_e(x[t])) · up_e(x[t])),   e = index[t, j]
 
 The tokens of an expert are computed together, so a weight is read once for all of them, and the
-weights of experts that no token chose are not read. Sums over experts are fp32, and rounded once.
+weights of experts that no token chose are not read. The results of experts are rounded to the dtype
+of x; their sums, in the order of j, are fp32 and rounded once. A token has the same bits whatever
+other tokens there are, and whatever the number of threads.
 
 Source: Shazeer et al., Outrageously Large Neural Networks, 2017; Jiang et al., Mixtral, 2024.
 """
@@ -18,9 +20,14 @@ from torch import Tensor
 from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _check
 from lmfuse.functional.packed import PackedWeight, _pack_bytes, _unpacked
+from lmfuse.functional.quantized import _check_bytes, quantized_format
+from lmfuse.functional.woq import _how
 
-# act(gate) · up, as the op knows them.
+_experts = ops.experts.default
+
+# act(gate) · up, in the order of Activation in csrc/kernels/kernels.h, whose kPanel is the other.
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+_PANEL = 32
 
 
 class PackedExperts(PackedWeight):
@@ -110,23 +117,54 @@ def pack_experts(weight: Tensor, parts: int = 1, rounded: bool = False) -> Packe
     return PackedExperts(packed, n, k, plain.dtype, kind, parts)
 
 
+def expert_rows(weight: Tensor, parts: int = 1) -> Tensor:
+    """The matrices of experts one below the other, as `pack_quantized` is to be given them
+
+    Args:
+        weight: [experts, parts · n, k].
+        parts: how many matrices [n, k] of an expert lie one below the other: 2 for gate and up.
+
+    Returns:
+        [experts · parts · 32 ⌈n / 32⌉, k]: each begins a panel, after rows of zeros.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if weight.dim() != 3 or parts < 1 or weight.shape[1] % parts:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, but must be [experts, {parts} n, k]"
+        )
+    matrices = weight.reshape(weight.shape[0] * parts, -1, weight.shape[2])
+    short = -matrices.shape[1] % _PANEL
+    padded = torch.nn.functional.pad(matrices, (0, 0, 0, short)) if short else matrices
+    return padded.flatten(0, 1)
+
+
 def experts(
     x: Tensor,
     index: Tensor,
     weights: Tensor,
-    gate_up: PackedExperts,
-    down: PackedExperts,
+    gate_up: PackedExperts | Tensor,
+    down: PackedExperts | Tensor,
     act: str = "silu",
+    *,
+    inner_features: int | None = None,
+    compute: str = "bf16",
+    block_scales: bool = False,
 ) -> Tensor:
     """Each token through the experts that were chosen for it; see above.
 
     Args:
-        x: [tokens, k], of the dtype of the weights (or float32 over rounded ones).
+        x: [tokens, k], of the dtype of packed weights (or float32 over rounded ones); any of the
+            three dtypes over quantized ones.
         index: [tokens, chosen] integers in [0, experts).
         weights: [tokens, chosen] floats.
-        gate_up: [experts, 2 n, k], from `pack_experts` with parts 2.
-        down: [experts, k, n], from `pack_experts`.
+        gate_up: [experts, 2 n, k], from `pack_experts` with parts 2; or quantized, from
+            `pack_quantized` of their `expert_rows`.
+        down: [experts, k, n], from `pack_experts`; or quantized likewise.
         act: "silu", "gelu" or "gelu_tanh".
+        inner_features: n of quantized weights; None: look into their bytes.
+        compute, block_scales: of quantized weights; see `woq_linear`.
 
     Returns:
         [tokens, k], in the dtype of x.
@@ -134,58 +172,41 @@ def experts(
     Raises:
         TypeError, ValueError: an argument that cannot be; see the text of the error.
     """
+    k = _check.row("x", x)
+    dtype = x.dtype
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}, but must be one of {', '.join(ACTIVATIONS)}")
+    if index.dtype not in (torch.int32, torch.int64):
+        _check.integers("index", index, _check.INTEGERS)
+        index = index.long()
+    packed = isinstance(gate_up, PackedWeight) or isinstance(down, PackedWeight)
+    if packed:
+        n, k, g, d = _of_packed(gate_up, down)
+        like: Any = gate_up
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(like.public_dtype)
+        if x.dtype is not like.public_dtype and not like.rounded:
+            raise TypeError(f"x is {x.dtype}, but must be {like.public_dtype}, as gate_up")
+        how = -1
+    else:
+        n = quantized_format(down).in_features if inner_features is None else inner_features
+        g, d, (number, blocks) = gate_up, down, _how(compute, block_scales)
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        how = 2 * number + blocks
+    args = (x, index, weights, g, d, n, k, how, ACTIVATIONS.index(act))
+    return cast(Tensor, call(_experts, *args, check=_check_experts)).to(dtype)
+
+
+def _of_packed(gate_up: Any, down: Any) -> tuple[int, int, Tensor, Tensor]:
+    """n, k and the bytes of both."""
     for name, weight, parts in (("gate_up", gate_up, 2), ("down", down, 1)):
         if not isinstance(weight, PackedExperts) or weight.parts != parts:
             raise TypeError(f"{name} must come from pack_experts with parts {parts}")
-    _check.row("x", x)
-    dtype = x.dtype
-    if torch.is_autocast_enabled("cpu"):
-        x = x.to(gate_up.public_dtype)
-    if x.dtype is not gate_up.public_dtype and not gate_up.rounded:
-        raise TypeError(f"x is {x.dtype}, but must be {gate_up.public_dtype}, as gate_up")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act is {act!r}, but must be one of {', '.join(ACTIVATIONS)}")
-    sizes = (gate_up.out_features, gate_up.in_features)
-    if (down.in_features, down.out_features) != sizes or down.dtype is not gate_up.dtype:
+    n, k = gate_up.out_features, gate_up.in_features
+    if (down.in_features, down.out_features) != (n, k) or down.dtype is not gate_up.dtype:
         raise ValueError(f"down is {down}, which does not fit gate_up, {gate_up}")
-    args = (x, index, weights, gate_up.packed, down.packed, *sizes, act)
-    return cast(Tensor, call(ops.experts.default, *args, check=_check_experts)).to(dtype)
-
-
-# One op, so that graphs and traces hold the choice of experts and not what was once chosen.
-torch.library.define(
-    "lmfuse::experts",
-    "(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down, int n, int k,"
-    " str act) -> Tensor",
-)
-
-
-@torch.library.impl("lmfuse::experts", "CPU")
-def _experts(
-    x: Tensor,
-    index: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    n: int,
-    k: int,
-    act: str,
-) -> Tensor:
-    _check_experts(x, index, weights, gate_up, down, n, k)
-    tokens = x.shape[0]
-    chosen, counts = _counts(index, down.shape[0])
-    order = chosen.argsort(stable=True)  # the tokens of an expert, one below the other
-    rows = x[order // index.shape[1]] if index.shape[1] else x[:0]
-    parts = []
-    for expert, part in enumerate(torch.split(rows, counts)):
-        if len(part):
-            hidden = _gated(part, gate_up[2 * expert], gate_up[2 * expert + 1], n, act)
-            parts.append(ops.linear(hidden, down[expert], None, k, 0, None, None))
-    out = torch.zeros((tokens, k))
-    if parts:
-        scaled = torch.cat(parts).float() * weights.flatten()[order].unsqueeze(1)
-        out = scaled[order.argsort()].view(tokens, -1, k).sum(1)
-    return out.to(x.dtype)
+    return n, k, gate_up.packed, down.packed
 
 
 def _check_experts(
@@ -196,38 +217,25 @@ def _check_experts(
     down: Tensor,
     n: int,
     k: int,
+    how: int,
     *_: object,
 ) -> None:
     if _check.row("x", x) != k or x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, but must be [tokens, {k}]")
-    if gate_up.shape[0] != 2 * down.shape[0]:
+    if how >= 0:
+        _check_bytes("gate_up", gate_up)
+        _check_bytes("down", down)
+    elif gate_up.shape[0] != 2 * down.shape[0]:
         raise ValueError(
             f"gate_up has {gate_up.shape[0] // 2} experts, but down has {down.shape[0]}"
         )
-    _check.integers("index", index, _check.INTEGERS)
+    _check.integers("index", index)
     _check.tensor("weights", weights)
     if index.dim() != 2 or index.shape != weights.shape or index.shape[0] != x.shape[0]:
         raise ValueError(
             f"index has shape {tuple(index.shape)} and weights {tuple(weights.shape)}, but both "
             f"must be [{x.shape[0]}, chosen]"
         )
-
-
-def _counts(index: Tensor, experts: int) -> tuple[Tensor, list[int]]:
-    chosen = index.flatten()
-    if chosen.numel() and not (int(chosen.min()) >= 0 and int(chosen.max()) < experts):
-        raise ValueError(
-            f"index goes from {int(chosen.min())} to {int(chosen.max())}, but there are {experts} "
-            "experts"
-        )
-    return chosen, chosen.bincount(minlength=experts).tolist()
-
-
-def _gated(x: Tensor, gate: Tensor, up: Tensor, n: int, act: str) -> Tensor:
-    if act == "silu":
-        return cast(Tensor, ops.linear_gate_up(x, gate, up, None, None, n))
-    a, b = ops.linear_concat(x, [gate, up], [], 0, 2 * n).chunk(2, dim=-1)
-    return cast(Tensor, ops.gelu_mul(a, b, act == "gelu_tanh"))
 
 
 @register_fake("experts")

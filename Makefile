@@ -60,9 +60,9 @@ bench: $(BIN)/.demo $(BIN)/.lmfuse ## time the ops against stock torch and this 
 
 picture: $(BIN)/.test $(BIN)/.lmfuse ## time all ops, and draw docs/bench.svg (ten minutes of a quiet machine)
 	@mkdir -p build
-	set -e; for family in $(OPS) woq; do \
+	set -e; for family in $(OPS) woq experts; do \
 	  $(BIN)/python -m lmfuse bench $$family --json build/bench-$$family.json; done
-	$(BIN)/python -m lmfuse bench --plot docs/bench.svg $(patsubst %,--from build/bench-%.json,$(OPS) woq)
+	$(BIN)/python -m lmfuse bench --plot docs/bench.svg $(patsubst %,--from build/bench-%.json,$(OPS) woq experts)
 
 wheel: $(BIN)/.tools ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps \

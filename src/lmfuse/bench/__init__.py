@@ -1,7 +1,7 @@
 """Benchmarks: each op checked first, then timed against stock torch and the limits of the machine.
 
-A module per stem (norm, activation, rope, linear, attention, woq) holds a list `CASES`; the tests
-check them too.
+A module per stem (norm, activation, rope, linear, attention, woq, experts) holds a list `CASES`;
+the tests check them too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from importlib import import_module
 
 from lmfuse.bench.case import Case
 
-STEMS = ("norm", "activation", "rope", "linear", "attention", "woq")
+STEMS = ("norm", "activation", "rope", "linear", "attention", "woq", "experts")
 
 
 def cases(stem: str) -> list[Case]:

@@ -18,6 +18,7 @@ _LIMIT, _STOCK, _FAINT = "#222222", "#8a8a8a", "#dddddd"
 _COLORS = {
     "linear": "#0072b2",
     "woq": "#d55e00",
+    "experts": "#6a3d9a",
     "attention": "#009e73",
     "norm": "#cc79a7",
     "activation": "#a06b00",
@@ -156,11 +157,11 @@ def _labels(results: Sequence[Result], xs: Sequence[float]) -> dict[str, tuple[f
 
 
 def _peaks(limits: Limits, results: Sequence[Result]) -> list[tuple[str, float]]:
-    """The arithmetic peaks of what was timed; int8 is for quantized layers."""
+    """The arithmetic peaks of what was timed; int8 is for quantized weights."""
     names = ["fp32"]
     if any(r.dtype == "bfloat16" for r in results) and limits.bf16 > 1.05 * limits.fp32:
         names.append("bf16")
-    if any(r.stem == "woq" for r in results) and limits.int8 > 1.05 * limits.bf16:
+    if any(r.stem in ("woq", "experts") for r in results) and limits.int8 > 1.05 * limits.bf16:
         names.append("int8")
     return [(name, getattr(limits, name)) for name in names]
 

@@ -6,18 +6,15 @@ another copy. Stock is torch's own linear over the dequantized weight in bfloat1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 import lmfuse
 from lmfuse import functional
-from lmfuse.bench.case import Case, Inputs
+from lmfuse.bench.case import Case, Inputs, walk
 from lmfuse.functional import limits
 from lmfuse.reference import woq as reference
 
@@ -25,19 +22,8 @@ _COLD_BYTES = 512 << 20
 _FEW = 4  # copies for a prompt, whose arithmetic outlasts the reading
 _PAGE = 4096
 
-_walks = WeakIdKeyDictionary()  # of one weight: the endless walk over its copies
 
-
-def _next(packed: Tensor, copies: int, make: Callable[[Tensor], Tensor]) -> Tensor:
-    if packed not in _walks:
-        _walks[packed] = {}
-    walks: dict[Callable[[Tensor], Tensor], Iterator[Tensor]] = _walks[packed]
-    if make not in walks:
-        walks[make] = cycle([make(packed) for _ in range(copies)])
-    return next(walks[make])
-
-
-def _copy(packed: Tensor) -> Tensor:
+def copied(packed: Tensor) -> Tensor:
     """In large pages, as pack_quantized gives them."""
     size = packed.numel()
     bytes_ = limits.buffer(-(-size // _PAGE) * _PAGE // 4).view(torch.uint8)[:size]
@@ -76,11 +62,11 @@ def case(m: int, n: int, k: int, kind: str, group: int, compute: str) -> Case:
     copies = _FEW if m > 16 else max(1, _COLD_BYTES // size)
 
     def run(x: Tensor, packed: Tensor) -> Tensor:
-        weight = _next(packed, copies, _copy)
+        weight = walk(packed, copies, copied)
         return functional.woq_linear(x, weight, out_features=n, compute=compute)
 
     def stock(x: Tensor, packed: Tensor) -> Tensor:
-        return F.linear(x, _next(packed, max(1, copies // 2), _plain))
+        return F.linear(x, walk(packed, max(1, copies // 2), _plain))
 
     def exact(x: Tensor, packed: Tensor) -> Tensor:
         seen = reference.quantize_rows(x) if compute == "int8" else x

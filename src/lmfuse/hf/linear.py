@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lmfuse import _auto_kernel_selection as kernels
-from lmfuse.hf import experts, swap
+from lmfuse.hf import swap
+from lmfuse.modules import experts
 from lmfuse.modules.linear import Packed
 from lmfuse.modules.pack import pack_model
 from lmfuse.modules.siblings import join_siblings

@@ -17,14 +17,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lmfuse.functional import quantized_format
-from lmfuse.modules import QuantizedLinear
+from lmfuse.functional import QuantizedFormat, quantized_format
+from lmfuse.modules import QuantizedLinear, experts
 from lmfuse.quantization import model as quantized
 from lmfuse.quantization.compute import choose_compute
 from lmfuse.quantization.config import WeightOnlyConfig
 from lmfuse.quantization.embedding import QuantizedEmbedding
 
 NAME = WeightOnlyConfig.quant_method
+_BYTES = ("gate_up", "down")  # as QuantizedExperts calls them
 
 
 class Awaiting(nn.Module):
@@ -43,19 +44,42 @@ class Awaiting(nn.Module):
         self.bias: Any = getattr(stock, "bias", None)
 
 
+class AwaitingExperts(nn.Module):
+    """The place of experts whose weights are still to come, named as they will come."""
+
+    names: dict[str, int]  # of the parameters, and how many matrices of an expert are in each
+
+    def __init__(self, stock: Any, act: str, quantized: bool) -> None:
+        super().__init__()
+        self.act = act
+        self.shapes = [tuple(getattr(stock, name).shape) for name in experts.PARTS]
+        self.names = dict(zip(_BYTES, experts.PARTS.values(), strict=True))
+        if not quantized:
+            self.names = experts.PARTS
+        for name, stock_name in zip(self.names, experts.PARTS, strict=True):
+            weight = getattr(stock, stock_name).detach()
+            if quantized:
+                weight = torch.empty(0, dtype=torch.uint8, device="meta")
+            setattr(self, name, nn.Parameter(weight, requires_grad=False))
+
+
 class Pack(ConversionOps):
     """A weight as it is in the file -> its bytes."""
 
     def __init__(self, config_of: Callable[[str], WeightOnlyConfig]) -> None:
         self.config_of = config_of
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """One tensor in, one out, under its name."""
         done = {}
         for name, found in input_dict.items():
             weight = found[0] if isinstance(found, list) else found
-            config = self.config_of(name.removesuffix(".weight"))
-            done[name] = quantized.pack_weight(name, weight, config)
+            owner, _, attribute = name.rpartition(".")
+            awaiting = model.get_submodule(owner)
+            parts = awaiting.names[attribute] if isinstance(awaiting, AwaitingExperts) else None
+            done[name] = quantized.pack_weight(name, weight, self.config_of(owner), parts)
         return done
 
 
@@ -77,7 +101,10 @@ class Quantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is the weight of a layer that is to be quantized."""
         name, _, attribute = param_name.rpartition(".")
-        return attribute == "weight" and isinstance(model.get_submodule(name), Awaiting)
+        owner = model.get_submodule(name)
+        if isinstance(owner, AwaitingExperts):
+            return attribute in owner.names
+        return attribute == "weight" and isinstance(owner, Awaiting)
 
     def get_quantize_ops(self) -> Pack:
         """What makes bytes of a weight."""
@@ -90,22 +117,31 @@ class Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config: WeightOnlyConfig = self.quantization_config
         if self.pre_quantized:
-            stock = {name: _stock(model, name) for name in config.layers}
+            acts, _ = experts.find(model)
+            stock = {name: _stock(model, name, acts) for name in config.layers}
         else:
             self._plan = quantized.plan(model, config)
-            stock = self._plan.layers
+            stock, acts = self._plan.layers, self._plan.acts
         for name, module in stock.items():
-            model.set_submodule(name, Awaiting(module, self.pre_quantized))
+            waiting: nn.Module
+            if name in acts:
+                waiting = AwaitingExperts(module, acts[name], self.pre_quantized)
+            else:
+                waiting = Awaiting(module, self.pre_quantized)
+            model.set_submodule(name, waiting)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config: WeightOnlyConfig = self.quantization_config
         shared: dict[int, Tensor] = {}
-        names = [name for name, m in model.named_modules() if isinstance(m, Awaiting)]
+        kinds = (Awaiting, AwaitingExperts)
+        names = [name for name, m in model.named_modules() if isinstance(m, kinds)]
         for name in names:
-            awaiting = cast(Awaiting, model.get_submodule(name))
+            awaiting = cast(Any, model.get_submodule(name))
             compute = config.layers.get(name, quantized.layer_compute(config))
-            of_layer = self._config_of(name)
-            model.set_submodule(name, _arrived(name, awaiting, of_layer, compute, shared))
+            compute = "bf16" if compute == "auto" else compute
+            arrived = _arrived if isinstance(awaiting, Awaiting) else _experts_arrived
+            layer = arrived(name, awaiting, self._config_of(name), compute, shared)
+            model.set_submodule(name, layer)
         computes = set(config.layers.values()) if self.pre_quantized else {config.compute}
         reasons = choose_compute(model, None) if "auto" in computes else {}
         quantized.remember(model, config)
@@ -128,14 +164,14 @@ class Quantizer(HfQuantizer):
         return True
 
 
-def _stock(model: nn.Module, name: str) -> nn.Module:
+def _stock(model: nn.Module, name: str, acts: dict[str, str]) -> nn.Module:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise ValueError(
             f"quantization_config.layers names {name}, but the model has no such module"
         ) from None
-    if not isinstance(module, (nn.Linear, nn.Embedding)):
+    if not isinstance(module, (nn.Linear, nn.Embedding)) and name not in acts:
         raise ValueError(
             f"quantization_config.layers names {name}, but that is a {type(module).__name__}"
         )
@@ -148,27 +184,57 @@ def _arrived(
     """The quantized layer, once the weight is there."""
     weight = awaiting.weight
     if id(weight) not in shared:
-        if not weight.numel():
-            raise ValueError(f"the checkpoint has no {name}.weight")
-        if weight.is_floating_point():  # it is tied to one that is not quantized
-            shared[id(weight)] = quantized.pack_weight(f"{name}.weight", weight, config)
-        else:
-            # A view into a file, aligned to 8 bytes: kernels are faster on memory of our own.
-            shared[id(weight)] = weight.detach().clone()
+        shared[id(weight)] = _bytes(f"{name}.weight", weight, config)
     packed = shared[id(weight)]
-    try:
-        format = quantized_format(packed)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}.weight: {error}") from None
+    format = _format(f"{name}.weight", packed)
     if (format.out_features, format.in_features) != awaiting.shape:
         raise ValueError(
             f"{name}.weight is quantized ({format.out_features}, {format.in_features}), but the "
             f"model's is {awaiting.shape}"
         )
-    compute = "bf16" if compute == "auto" else compute
     if not awaiting.is_linear:
         return QuantizedEmbedding(packed, awaiting.dtype, awaiting.padding_idx).eval()
     return QuantizedLinear(packed, awaiting.bias, compute, config.block_scales).eval()
+
+
+def _experts_arrived(
+    name: str,
+    awaiting: AwaitingExperts,
+    config: WeightOnlyConfig,
+    compute: str,
+    shared: dict[int, Tensor],
+) -> nn.Module:
+    """The quantized experts, once both weights are there."""
+    packed = []
+    for (part, parts), shape in zip(awaiting.names.items(), awaiting.shapes, strict=True):
+        weight = _bytes(f"{name}.{part}", getattr(awaiting, part), config, parts)
+        format = _format(f"{name}.{part}", weight)
+        count, rows, columns = shape
+        panels = -(-rows // parts // 32) * 32  # each matrix begins a panel
+        if (format.out_features, format.in_features) != (count * parts * panels, columns):
+            raise ValueError(
+                f"{name}.{part} is quantized ({format.out_features}, {format.in_features}), but "
+                f"the model's is {shape}"
+            )
+        packed.append(weight)
+    return quantized.quantized_experts(packed, awaiting.act, config, compute)
+
+
+def _bytes(name: str, weight: Tensor, config: WeightOnlyConfig, parts: int | None = None) -> Tensor:
+    """Those of a weight that was quantized while it was read, or is still to be."""
+    if not weight.numel():
+        raise ValueError(f"the checkpoint has no {name}")
+    if weight.is_floating_point():  # it is tied to one that is not quantized
+        return quantized.pack_weight(name, weight, config, parts)
+    # A view into a file, aligned to 8 bytes: kernels are faster on memory of our own.
+    return weight.detach().clone()
+
+
+def _format(name: str, packed: Tensor) -> QuantizedFormat:
+    try:
+        return quantized_format(packed)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 @register_quantization_config(NAME)

@@ -8,14 +8,15 @@ after `agrees` has seen it compute what the stock code computes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-Module = TypeVar("Module", bound=nn.Module)
+from lmfuse.modules.probe import agrees as agrees
+from lmfuse.modules.probe import copied as copied
+from lmfuse.modules.probe import generator as generator
+from lmfuse.modules.probe import random as random
 
 
 class Fused(nn.Module):
@@ -101,38 +102,3 @@ def inputs(module: nn.Module) -> int:
     except (TypeError, ValueError):
         return 0
     return 0 if "forward" in vars(module) else len(parameters) - 1
-
-
-def random(generator: torch.Generator, *shape: int) -> Tensor:
-    """Standard normal float32, from our own generator: the global one is the user's."""
-    return torch.randn(shape, generator=generator)
-
-
-def generator() -> torch.Generator:
-    """A generator that always starts alike."""
-    return torch.Generator().manual_seed(0)
-
-
-def copied(module: Module, **changed: Any) -> Module:
-    """A shallow copy of `module`, with some of its attributes `changed`."""
-    new = module.__class__.__new__(module.__class__)
-    new.__dict__.update(vars(module))
-    new.__dict__.update(changed)
-    return new
-
-
-def agrees(
-    expected: Tensor | tuple[Tensor, ...], ours: Callable[..., Any], *arguments: Tensor
-) -> bool:
-    """Whether ours(*arguments) is what the stock code gave, up to float32 rounding."""
-    try:
-        result = ours(*arguments)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    mine, stock = (x if isinstance(x, tuple) else (x,) for x in (result, expected))
-    return len(mine) == len(stock) and all(map(_close, mine, stock))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    alike = a.shape == b.shape and a.dtype is b.dtype
-    return alike and torch.allclose(a, b, rtol=1e-5, atol=1e-5)

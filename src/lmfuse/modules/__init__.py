@@ -29,6 +29,7 @@ from lmfuse.modules.linear_fusion import (
     linearSiluMul,
 )
 from lmfuse.modules.norm import FastLayerNorm, RMSNorm
+from lmfuse.modules.quantized_experts import QuantizedExperts
 from lmfuse.modules.quantized_linear import QuantizedLinear
 from lmfuse.modules.rope import RotaryEmbedding
 
@@ -49,6 +50,7 @@ __all__ = [
     "LinearSilu",
     "LinearSiluMul",
     "PagedAttention",
+    "QuantizedExperts",
     "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfuse.modules import QuantizedLinear
+from lmfuse.modules import QuantizedExperts, QuantizedLinear
+
+QuantizedLayer = QuantizedLinear | QuantizedExperts
 
 # A layer whose result int8 compute changes by more than this part of its norm stays at bf16. Those
 # of SmolLM2-135M are changed by up to 1.4 %; with outliers in the scale, 183 of 211 by more.
@@ -24,7 +26,7 @@ _TOKENS = 48
 
 
 def choose_compute(model: nn.Module, sample: Any = None) -> dict[str, str]:
-    """Sets `compute` of each `QuantizedLinear` of int8 or int4 weights in `model`; says why.
+    """Sets `compute` of the layers and experts of int8 or int4 weights in `model`; says why.
 
     Each layer is called with the inputs that `sample` brings it, in bf16 and in int8; where the
     results differ by more than 1.5 % of their norm it stays at bf16. Then the whole model runs:
@@ -43,7 +45,7 @@ def choose_compute(model: nn.Module, sample: Any = None) -> dict[str, str]:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear) and module.format.kind in ("int8", "int4")
+        if isinstance(module, QuantizedLayer) and module.format.kind in ("int8", "int4")
     }
     for layer in layers.values():
         layer.compute = "bf16"
@@ -71,7 +73,7 @@ def choose_compute(model: nn.Module, sample: Any = None) -> dict[str, str]:
     return {name: _why(layers[name], errors.get(name)) for name in layers}
 
 
-def _why(layer: QuantizedLinear, error: float | None) -> str:
+def _why(layer: QuantizedLayer, error: float | None) -> str:
     if error is None:
         return "bf16: the sample does not reach it"
     changed = f"int8 changes its result by {error:.1%}"
@@ -108,16 +110,16 @@ def _run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def _errors(
-    model: nn.Module, layers: Mapping[str, QuantizedLinear], inputs: dict[str, Any]
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], inputs: dict[str, Any]
 ) -> tuple[dict[str, float], Tensor]:
     """How much int8 compute changes the result of each layer, relatively; and the logits."""
     errors: dict[str, float] = {}
 
-    def watch(name: str, layer: QuantizedLinear) -> Any:
+    def watch(name: str, layer: Any) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
             layer.compute = "int8"
             try:
-                difference = layer.run(args[0]).float() - result.float()
+                difference = layer.run(*args).float() - result.float()
             finally:
                 layer.compute = "bf16"
             error = float(difference.norm() / result.float().norm().clamp(min=1e-30))

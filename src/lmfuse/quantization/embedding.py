@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfuse import functional
+from lmfuse.functional import QuantizedFormat
 
 
 class QuantizedEmbedding(nn.Module):
@@ -22,10 +23,11 @@ class QuantizedEmbedding(nn.Module):
 
     weight: Tensor
     like: Tensor
+    format: QuantizedFormat
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, padding_idx: int | None = None) -> None:
         super().__init__()
-        format = functional.quantized_format(weight)
+        self.format = format = functional.quantized_format(weight)
         self.num_embeddings, self.embedding_dim = format.out_features, format.in_features
         self.padding_idx = padding_idx
         self.register_buffer("weight", weight)

@@ -1,4 +1,5 @@
-"""`quantize(model, config)`: linear layers become `lmfuse.modules.QuantizedLinear`."""
+"""`quantize(model, config)`: linear layers become `lmfuse.modules.QuantizedLinear`, the experts of
+mixtures `QuantizedExperts`."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lmfuse.functional import PackedWeight, pack_quantized, quantized_format
-from lmfuse.modules import Linear, QuantizedLinear
+from lmfuse.functional import PackedWeight, expert_rows, pack_quantized
+from lmfuse.modules import Linear, QuantizedExperts, QuantizedLinear, experts
 from lmfuse.modules.siblings import SiblingLinear, part_siblings
 from lmfuse.quantization.codes import quantize_weight
 from lmfuse.quantization.compute import choose_compute
@@ -34,12 +35,14 @@ class Quantization:
 
 @dataclass
 class Plan:
-    """The layers to quantize, those that stay, and which of them hold the embedding's weight."""
+    """The layers to quantize, those that stay, and which of them hold the embedding's weight; of
+    experts their activation."""
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
     stock: dict[str, str] = field(default_factory=dict)
     head: nn.Module | None = None
     embedding: nn.Module | None = None
+    acts: dict[str, str] = field(default_factory=dict)
 
     def config_of(self, name: str, config: WeightOnlyConfig) -> WeightOnlyConfig:
         """How the layer called `name` is quantized."""
@@ -58,7 +61,9 @@ def quantize(
 
     Layer by layer, a `torch.nn.Linear`, or the `lmfuse.modules.Linear` that `optimize` made of it,
     becomes an `lmfuse.modules.QuantizedLinear`; subclasses of other libraries and layers with hooks
-    stay as they are. Besides the model and the quantized one there is one layer in float32 slices.
+    stay as they are. Experts that transformers keeps in two parameters become
+    `lmfuse.modules.QuantizedExperts`, if they compute down(act(gate(x)) · up(x)). Besides the model
+    and the quantized one there is one layer in float32 slices.
     A progress bar appears on a terminal after 2 s. A model that is quantized already is returned
     with what is left quantized, too. `lmfuse.hf.report` says what each layer became. Models of
     transformers keep the config in `config.quantization_config`: `save_pretrained` writes it, and
@@ -82,7 +87,8 @@ def quantize(
     config = WeightOnlyConfig() if config is None else config
     _check(model, config)
     planned = plan(model, config)
-    if not planned.layers and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
+    done = any(isinstance(m, (QuantizedLinear, QuantizedExperts)) for m in model.modules())
+    if not planned.layers and not done:
         why = "; ".join(f"{name}: {why}" for name, why in list(planned.stock.items())[:3])
         raise ValueError(f"model has no linear layer to quantize ({why or 'none at all'})")
     made: dict[int, nn.Module] = {}
@@ -90,7 +96,8 @@ def quantize(
     for name, module in tqdm(
         planned.layers.items(), desc="quantizing", unit="layer", delay=2, disable=None
     ):
-        made[id(module)] = quantized_layer(name, module, planned.config_of(name, config), shared)
+        of_layer, act = planned.config_of(name, config), planned.acts.get(name)
+        made[id(module)] = quantized_layer(name, module, of_layer, shared, act)
     if inplace:
         pairs = [(module, made[id(module)]) for module in planned.layers.values()]
         _exchange(pairs)
@@ -109,13 +116,23 @@ def quantize(
 
 
 def quantized_layer(
-    name: str, module: nn.Module, config: WeightOnlyConfig, shared: dict[int, Tensor] | None = None
+    name: str,
+    module: nn.Module,
+    config: WeightOnlyConfig,
+    shared: dict[int, Tensor] | None = None,
+    act: str | None = None,
 ) -> nn.Module:
-    """What `module`, an nn.Linear or nn.Embedding, becomes.
+    """What `module`, an nn.Linear, an nn.Embedding or experts with the activation `act`, becomes.
 
     Raises:
         ValueError: a weight that holds NaN or infinity; names the layer.
     """
+    if act is not None:
+        packed_parts = [
+            pack_weight(f"{name}.{part}", getattr(module, part), config, parts)
+            for part, parts in experts.PARTS.items()
+        ]
+        return quantized_experts(packed_parts, act, config, layer_compute(config), module.training)
     shared = {} if shared is None else shared
     weight: Any = module.weight
     if id(weight) not in shared:
@@ -130,13 +147,26 @@ def quantized_layer(
     return made.train(module.training)
 
 
-def pack_weight(name: str, weight: Tensor, config: WeightOnlyConfig) -> Tensor:
-    """The bytes of a weight [n, k], quantized as `config` says.
+def quantized_experts(
+    packed: list[Tensor], act: str, config: WeightOnlyConfig, compute: str, training: bool = False
+) -> nn.Module:
+    """Experts over the bytes of gate_up and down."""
+    made = QuantizedExperts(packed[0], packed[1], act, compute, config.block_scales)
+    return made.train(training)
+
+
+def pack_weight(
+    name: str, weight: Tensor, config: WeightOnlyConfig, parts: int | None = None
+) -> Tensor:
+    """The bytes of a weight [n, k], quantized as `config` says, or of experts [experts, parts · n,
+    k].
 
     Raises:
         ValueError: a weight that holds NaN or infinity; calls it `name`.
     """
     plain = weight.unpack() if isinstance(weight, PackedWeight) else weight.detach()
+    if parts is not None:
+        plain = expert_rows(plain, parts)
     named = config.scale_dtype or ("float32" if config.group_size == -1 else "bfloat16")
     dtype = getattr(torch, named)
     kind = str(config.kind)
@@ -197,12 +227,30 @@ def plan(model: nn.Module, config: WeightOnlyConfig) -> Plan:
                 found.layers[name] = found.embedding = module
             else:
                 found.stock[name] = f"it is {type(module).__name__}, skipped or with max_norm"
+    _plan_experts(model, config, found)
     stays = not any(module is found.head for module in found.layers.values())
     if found.embedding is not None and stays and _tied(model, found.head, found.embedding):
         name = next(n for n, module in found.layers.items() if module is found.embedding)
         del found.layers[name]
         found.stock[name] = "it is tied to the layer of the logits, which stays as it is"
     return found
+
+
+def _plan_experts(model: nn.Module, config: WeightOnlyConfig, found: Plan) -> None:
+    """Those of stock modules, and those that were packed."""
+    with torch.no_grad():
+        known, against = experts.find(model)
+    for name, module in model.named_modules():
+        if isinstance(module, experts.Experts):
+            known[name] = module.experts_act
+    found.stock.update(against)
+    for name, act in known.items():
+        module = model.get_submodule(name)
+        reason = _reason_against_calls(module, name, config)
+        if reason is None:
+            found.layers[name], found.acts[name] = module, act
+        else:
+            found.stock[name] = reason
 
 
 def _tied(model: nn.Module, head: Any, embedding: Any) -> bool:
@@ -223,12 +271,10 @@ def _ask(model: nn.Module, method: str) -> nn.Module | None:
 
 def _reason_against(module: nn.Linear, name: str, config: WeightOnlyConfig) -> str | None:
     weight: Any = module.weight
-    if config.skips(name):
-        return "skip names it"
     if type(module) not in (nn.Linear, Linear, SiblingLinear):
         return f"it is {type(module).__name__}, not torch.nn.Linear itself"
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-        return "its forward is replaced on the instance, or has hooks"
+    if (reason := _reason_against_calls(module, name, config)) is not None:
+        return reason
     plain = isinstance(weight, PackedWeight) or type(weight) in (nn.Parameter, Tensor)
     if (
         not plain
@@ -237,6 +283,14 @@ def _reason_against(module: nn.Linear, name: str, config: WeightOnlyConfig) -> s
         or not weight.numel()
     ):
         return f"its weight is {tuple(weight.shape)}, {weight.dtype}, on {weight.device}"
+    return None
+
+
+def _reason_against_calls(module: nn.Module, name: str, config: WeightOnlyConfig) -> str | None:
+    if config.skips(name):
+        return "skip names it"
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return "its forward is replaced on the instance, or has hooks"
     return None
 
 
@@ -262,7 +316,7 @@ def remember(model: nn.Module, config: WeightOnlyConfig) -> None:
     layers = {
         name: getattr(module, "compute", "bf16")
         for name, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+        if isinstance(module, (QuantizedLinear, QuantizedExperts, QuantizedEmbedding))
     }
     theirs.quantization_config = {**config.to_dict(), "layers": layers}
     source = vars(model).get("hf_quantizer")
@@ -300,9 +354,9 @@ def describe_all(
 
 def describe(module: Any, reason: str | None = None) -> str:
     """How a layer is quantized, in words."""
-    format = quantized_format(module.weight)
+    format = module.format
     group = "per channel" if format.group_size == -1 else f"group {format.group_size}"
     text = f"{format.kind} {group}"
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, (QuantizedLinear, QuantizedExperts)):
         text += f", computes in {reason or module.compute}"
     return text

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfuse.modules import QuantizedLinear
+from lmfuse.modules import QuantizedExperts, QuantizedLinear
+from lmfuse.modules.experts import PARTS
 
 _LAYER_TOKENS = 128
 
@@ -92,13 +93,12 @@ def layer_errors(reference: Any, model: Any, row: Tensor) -> list[LayerError]:
     """How far each quantized layer of `model` is from that of `reference`, on the same inputs."""
     found: dict[str, LayerError] = {}
 
-    def watch(name: str, layer: QuantizedLinear) -> Any:
+    def watch(name: str, layer: Any) -> Any:
         def hook(module: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
-            weight = module.weight.float()
             found[name] = LayerError(
                 name,
-                _relative(layer.dequantize() - weight, weight),
-                _relative(layer(args[0]).float() - result.float(), result.float()),
+                _weight_error(layer, module),
+                _relative(layer(*args).float() - result.float(), result.float()),
             )
 
         return reference.get_submodule(name).register_forward_hook(hook)
@@ -106,8 +106,11 @@ def layer_errors(reference: Any, model: Any, row: Tensor) -> list[LayerError]:
     hooks = [
         watch(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
-        and isinstance(reference.get_submodule(name), nn.Linear)
+        if isinstance(module, QuantizedExperts)
+        or (
+            isinstance(module, QuantizedLinear)
+            and isinstance(reference.get_submodule(name), nn.Linear)
+        )
     ]
     try:
         reference(row[None, :_LAYER_TOKENS])
@@ -115,6 +118,18 @@ def layer_errors(reference: Any, model: Any, row: Tensor) -> list[LayerError]:
         for hook in hooks:
             hook.remove()
     return list(found.values())
+
+
+def _weight_error(layer: QuantizedLinear | QuantizedExperts, stock: Any) -> float:
+    """Of all weights of a layer or of experts together."""
+    if isinstance(layer, QuantizedLinear):
+        return _relative(layer.dequantize() - stock.weight.float(), stock.weight.float())
+    error = norm = 0.0
+    for values, name in zip(layer.dequantize(), PARTS, strict=True):
+        weight = getattr(stock, name).float()
+        error += float((values - weight).square().sum())
+        norm += float(weight.square().sum())
+    return math.sqrt(error / max(norm, 1e-60))
 
 
 def _relative(error: Tensor, to: Tensor) -> float:

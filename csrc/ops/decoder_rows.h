@@ -78,6 +78,9 @@ class DecoderRows {
     }
   }
 
+  // Row r becomes row `at` of `from`, both of a quantized weight.
+  void take(int64_t r, const DecoderRows& from, int64_t at) const { woq_->take(r, *from.woq_, at); }
+
   void tell(WoqArgs& a) const {
     if (woq_) return woq_->tell(a);
     a.x = gemm_.rows;

@@ -86,12 +86,15 @@ struct ExpertsCall {
   bool joined;  // gate and up as one product
   bool alone;   // one token: each worker makes its row ready for itself, once for all experts
   Matrix x, y, gathered, inner, gate_up, out;
+  // The tokens as products over quantized weights read them, from where rows are taken; of one
+  // token, from one worker's copy to the next.
   char* ready;
   int64_t ready_step;
   char* scratch;
   int64_t scratch_step;
 
   int64_t rows() const { return tokens * chosen; }
+  bool quantized() const { return experts[0].gate.quantized; }
   int64_t element() const { return type == DType::f32 ? 4 : 2; }
   DecoderRows form(const DecoderLinear& l, int64_t count, bool joint) const {
     return {l, l.quantized ? type : l.type, count, joint};
@@ -139,7 +142,7 @@ class ExpertsWorker {
     if (c_.alone) {
       rows.place(c_.x, false, c_.ready + w_.index * c_.ready_step);
     } else {
-      rows.place(of(e, c_.gathered), kept, e.ready);
+      rows.place(c_.quantized() ? c_.x : of(e, c_.gathered), kept, e.ready);
     }
     return rows;
   }
@@ -163,12 +166,29 @@ class ExpertsWorker {
 
   void gather() {
     if (c_.alone) return rows(c_.experts[0]).make(0, 1, scratch());
-    each_share([&](const Expert& e, int64_t begin, int64_t end) {
-      for (int64_t r = e.first + begin; r < e.first + end; ++r)
-        std::memcpy(at(c_.gathered, r).data, at(c_.x, c_.token[r]).data, c_.k * c_.element());
-      rows(e).make(begin, end, scratch());
-    });
+    if (c_.quantized()) {
+      take();
+    } else {
+      each_share([&](const Expert& e, int64_t begin, int64_t end) {
+        for (int64_t r = e.first + begin; r < e.first + end; ++r)
+          std::memcpy(at(c_.gathered, r).data, at(c_.x, c_.token[r]).data, c_.k * c_.element());
+        rows(e).make(begin, end, scratch());
+      });
+    }
     w_.sync();
+  }
+
+  // Each token is made ready once, not for each of its experts.
+  void take() {
+    DecoderRows tokens = c_.form(c_.experts[0].gate, c_.tokens, c_.joined);
+    tokens.place(c_.x, false, c_.ready);
+    const auto [first, last] = w_.share(c_.tokens);
+    tokens.make(first, last, scratch());
+    w_.sync();
+    each_share([&](const Expert& e, int64_t begin, int64_t end) {
+      const DecoderRows mine = rows(e);
+      for (int64_t r = begin; r < end; ++r) mine.take(r, tokens, c_.token[e.first + r]);
+    });
   }
 
   void collect() {
@@ -270,7 +290,7 @@ Matrix wide_rows(Buffers& b, const ExpertsCall& c, int64_t width) {
 }
 
 void carve(Buffers& b, ExpertsCall& c, int64_t threads) {
-  if (!c.alone) c.gathered = wide_rows(b, c, c.k);
+  if (!c.alone && !c.quantized()) c.gathered = wide_rows(b, c, c.k);
   c.inner = wide_rows(b, c, c.n);
   if (!c.joined) c.gate_up = wide_rows(b, c, 2 * c.n);
   c.out = wide_rows(b, c, c.k);
@@ -282,9 +302,12 @@ void carve(Buffers& b, ExpertsCall& c, int64_t threads) {
     e.ready = take(c.form(e.gate, e.count, c.joined), !c.alone);
     e.down_ready = take(c.form(e.down, e.count, false), true);
   }
+  const int64_t tokens = c.form(c.experts[0].gate, c.tokens, c.joined).bytes();
   if (c.alone) {
-    c.ready_step = (c.form(c.experts[0].gate, 1, c.joined).bytes() + 63) / 64 * 64;
+    c.ready_step = (tokens + 63) / 64 * 64;
     c.ready = b.take(threads * c.ready_step);
+  } else if (c.quantized()) {
+    c.ready = b.take(tokens);
   }
   c.scratch = b.take(threads * c.scratch_step);
 }

@@ -111,9 +111,7 @@ struct WoqForm {
     const WoqFormat& f = w.format;
     const WoqPlan plan = kernels().woq_plan(f, how.compute, how.block_scales, m, weights);
     const int64_t width = f.packed_k();
-    const int64_t element = plan.compute == WoqCompute::f32    ? 4
-                            : plan.compute == WoqCompute::bf16 ? 2
-                                                               : 1;
+    element_ = plan.compute == WoqCompute::f32 ? 4 : plan.compute == WoqCompute::bf16 ? 2 : 1;
     rows.format = f;
     rows.compute = plan.compute;
     rows.round = how.compute == WoqCompute::bf16 && plan.compute != how.compute;
@@ -122,8 +120,9 @@ struct WoqForm {
     rows.order = w.order;
     rows.k = w.k;
     // Rows a multiple of 1 KB apart would crowd into few sets of the first-level cache.
-    rows.lda = m > 1 ? width + 64 / element : width;
-    row_bytes_ = lines(m * rows.lda * element);
+    rows.lda = m > 1 ? width + 64 / element_ : width;
+    m_ = m;
+    row_bytes_ = lines(m * rows.lda * element_);
     sum_bytes_ = lines(m * woq_blocks(f, plan.block) * 4);
     bytes = row_bytes_ + 2 * sum_bytes_;
     if (plan.compute == WoqCompute::int8)
@@ -147,6 +146,23 @@ struct WoqForm {
            a.block_scales == b.block_scales && a.block == b.block && a.order == b.order;
   }
 
+  // Row r becomes row `at` of `from`, which serves as well.
+  void take(int64_t r, const WoqForm& from, int64_t at) const {
+    const WoqRowsArgs &to = rows, &a = from.rows;
+    std::memcpy(static_cast<char*>(to.rows) + r * to.lda * element_,
+                static_cast<const char*>(a.rows) + at * a.lda * element_,
+                to.format.packed_k() * element_);
+    if (to.compute == WoqCompute::f32) return;
+    const int64_t blocks = woq_blocks(to.format, to.block);
+    const auto copy = [&](float* sums, const float* theirs, int64_t count) {
+      for (int64_t b = 0; b < count; ++b) sums[b * m_ + r] = theirs[b * from.m_ + at];
+    };
+    copy(to.sums, a.sums, blocks);
+    if (to.compute != WoqCompute::int8) return;
+    copy(to.scales, a.scales, to.block_scales ? blocks : 1);
+    std::copy_n(a.outliers + at * kWoqOutliers, kWoqOutliers, to.outliers + r * kWoqOutliers);
+  }
+
   // What a product over these rows, once they are ready, is told of them.
   void tell(WoqArgs& a) const {
     a.x = rows.rows;
@@ -162,7 +178,7 @@ struct WoqForm {
  private:
   static int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-  int64_t row_bytes_, sum_bytes_;
+  int64_t m_, element_, row_bytes_, sum_bytes_;
 };
 
 }  // namespace lmfuse

@@ -12,12 +12,16 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import lmfuse
+from helpers import assert_same_bits
 from lmfuse.generation import Cache
 from lmfuse.hf import generation, step
 from test_models import batch, make
 
-# Families whose forward is embedding, angles, layers, norm and head.
+# Families whose forward is embedding, angles, layers, norm and head, and little in between.
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "olmo2", "gpt_neox")
+PLAIN += ("granite", "cohere")
+# Numbers that are not 1.
+CHANGED = {"granite": {"embedding_multiplier": 3.0, "logits_scaling": 0.3}}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},  # of every family
     "beams": {"num_beams": 3},
@@ -53,7 +57,7 @@ class Counting:
 )
 def test_steps(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counting = Counting(monkeypatch)
-    stock = make(family)
+    stock = make(family, **CHANGED.get(family, {}))
     ours = lmfuse.optimize(stock)
     assert type(ours).fused_step is not None
     one = {"input_ids": batch()["input_ids"][2:], "attention_mask": torch.ones(1, 9, dtype=int)}
@@ -69,18 +73,42 @@ def test_steps(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_more_than_its_parts_has_no_form() -> None:
-    for family, changed in (
-        ("granite", {"embedding_multiplier": 3.0}),
-        ("granite", {"logits_scaling": 3.0}),
-        ("cohere", {}),
-        ("gemma2", {}),
-        ("opt", {}),
-        ("mixtral", {}),
-    ):
-        model = lmfuse.optimize(make(family, **changed))
+    for family in ("gemma2", "opt", "mixtral"):
+        model = lmfuse.optimize(make(family))
         assert type(model).fused_step is None, family
         assert generate(model).shape == (3, 18)
-    assert type(lmfuse.optimize(make("granite"))).fused_step is not None
+
+
+def logits_of(model: Any) -> Tensor:
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    return torch.stack(generate(model, **options).logits)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["granite", "cohere"])
+def test_numbers_between_the_parts(
+    family: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of the model's own forward; and the number that there is, if it is another now."""
+    counting = Counting(monkeypatch)
+    model = lmfuse.optimize(make(family, **CHANGED.get(family, {})), dtype=kind)
+    name = "logit_scale" if family == "cohere" else "logits_scaling"
+    holder = model if family == "cohere" else model.config
+    found = []
+    for number in (None, 0.7):
+        if number is not None:
+            setattr(holder, name, number)
+        counting.count = 0
+        found.append(logits_of(model))
+        assert counting.count == 8
+        model.register_forward_hook(lambda *_: None)
+        assert_same_bits(logits_of(model), found[-1])
+        assert counting.count == 8
+        model._forward_hooks.clear()
+    assert not torch.equal(*found)
+    setattr(holder, name, 0.0)  # a number that says nothing
+    generate(model, max_new_tokens=3)
+    assert counting.count == 8
 
 
 @pytest.mark.parametrize("where", ["", "model", "lm_head", "model.norm", "model.embed_tokens"])

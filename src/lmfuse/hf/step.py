@@ -9,12 +9,13 @@ its inputs are made of those of the step before in three operations, not in twel
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,18 @@ _NORMS = ("norm", "final_layernorm", "final_layer_norm")
 _GIVEN = {"input_ids", "past_key_values", "position_ids", "attention_mask"}
 _KNOWN = _GIVEN | {"use_cache", "logits_to_keep", "return_dict"}
 _ROOM = 256  # columns of a mask that are made at a time
+# What models do to the embedding or to the logits, with a number of their own.
+_CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "times": operator.mul,
+    "over": operator.truediv,
+    "capped": lambda x, number: torch.tanh(x / number) * number,
+}
+Change: TypeAlias = "tuple[str, str]"  # one of _CHANGES, and the name of the number
 
 
 @dataclass(frozen=True)
 class Form:
-    """Where the parts of a model are: dotted names from the model on."""
+    """Where the parts of a model are: dotted names from the model on; and what is done between."""
 
     base: str
     embedding: str
@@ -42,6 +50,12 @@ class Form:
     layers: str
     norm: str
     head: str
+    embedded: tuple[Change, ...] = ()
+    logits: tuple[Change, ...] = ()
+
+    def names(self) -> set[str]:
+        """Of the parts."""
+        return {self.embedding, self.rotary, self.layers, self.norm, self.head}
 
 
 class Steps(nn.Module):
@@ -212,12 +226,17 @@ class _Parts:
         self.rotary = model.get_submodule(form.rotary)
         self.norm = model.get_submodule(form.norm)
         self.head = model.get_submodule(form.head)
+        numbers = _numbers(model, model.get_submodule(form.base))
+        self.embedded = [(_CHANGES[how], numbers[name]) for how, name in form.embedded]
+        self.logits = [(_CHANGES[how], numbers[name]) for how, name in form.logits]
         self.stack = stack
 
     def __call__(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor | None:
         x = self.embedding(ids)
+        for change, number in self.embedded:
+            x = change(x, number)
         angles = self.rotary(x, positions)
         given = {
             "attention_mask": mask,
@@ -225,12 +244,17 @@ class _Parts:
             self.stack.form.cache: cache,
         }
         y = self.stack(x, given)
-        logits: Tensor | None = None if y is None else self.head(self.norm(y))
+        if y is None:
+            return None
+        logits: Tensor = self.head(self.norm(y))
+        for change, number in self.logits:
+            logits = change(logits, number)
         return logits
 
 
 def _parts(model: Any) -> _Parts | None:
-    """None if the forward of the model, or of the base within, is replaced or looked at."""
+    """None if the forward of the model, or of the base within, is replaced or looked at, or one of
+    its numbers is gone."""
     form: Form | None = model.fused_step
     if form is None or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None
@@ -244,19 +268,28 @@ def _parts(model: Any) -> _Parts | None:
     layers: Any = model.get_submodule(form.layers)
     if not own or forward.__qualname__ != f"{owner.__qualname__}.forward":
         return None
+    used = {name for _, name in form.embedded + form.logits}
+    if not used <= _numbers(model, base).keys():
+        return None
     run = decoder._run_of(layers, list(layers._modules.values()))
     return None if run is None else _Parts(model, form, run)
 
 
+def _numbers(model: Any, base: Any) -> dict[str, float]:
+    """The numbers of a model and its base, and those of the config, under their names."""
+    held = {**vars(base.config), **vars(base), **vars(model)}
+    return {name: x for name, x in held.items() if type(x) in (int, float) and x}
+
+
 def find(model: Any) -> Form | None:
-    """Where the parts of `model` are, if a step of it is these and nothing else."""
+    """Where the parts of `model` are, if a step of it is these and little else."""
     base = getattr(model, "base_model", None)
     form = None if base is None or base is model else _named(model, base)
     if form is None:
         return None
     try:
         with torch.no_grad():
-            return form if _does(model, form) else None
+            return _tried(model, form)
     except Exception:  # it is foreign code
         return None
 
@@ -278,9 +311,9 @@ def _named(model: Any, base: nn.Module) -> Form | None:
     return Form(*(names[part] for part in parts))
 
 
-def _does(model: Any, form: Form) -> bool:
-    """Whether the forward is the embedding, the angles, the layers, the norm and the head: tried
-    with one layer that writes down what it is given."""
+def _tried(model: Any, form: Form) -> Form | None:
+    """The form with what is done between the embedding, the angles, the layers, the norm and the
+    head; None if that is more: tried with one layer that writes down what it is given."""
     seen: list[tuple[Tensor, dict[str, Any]]] = []
     layers: Any = model.get_submodule(form.layers)
     after: Tensor | None = None
@@ -302,21 +335,34 @@ def _does(model: Any, form: Form) -> bool:
     (x, told), parts = seen[0], copies.get_submodule
     known = {"attention_mask", "position_embeddings", *decoder._KNOWN}
     if any(told[k] is not None and told[k] is not False for k in told.keys() - known):
-        return False
+        return None
     angles = parts(form.rotary).forward(x, positions)
-    return (
-        len(seen) == 1
-        and told.get("attention_mask") is None
-        and torch.equal(x, parts(form.embedding).forward(ids))
-        and all(map(torch.equal, told["position_embeddings"], angles))
-        and torch.equal(logits, parts(form.head).forward(parts(form.norm).forward(after)))
-    )
+    same = all(map(torch.equal, told["position_embeddings"], angles))
+    if len(seen) != 1 or told.get("attention_mask") is not None or not same:
+        return None
+    numbers = _numbers(model, model.get_submodule(form.base))
+    embedded = _change(parts(form.embedding).forward(ids), x, numbers)
+    last = _change(parts(form.head).forward(parts(form.norm).forward(after)), logits, numbers)
+    if embedded is None or last is None:
+        return None
+    return replace(form, embedded=embedded, logits=last)
+
+
+def _change(x: Tensor, y: Tensor, numbers: dict[str, float]) -> tuple[Change, ...] | None:
+    """What makes y of x, bit for bit; None if it is unknown."""
+    if torch.equal(x, y):
+        return ()
+    for how, function in _CHANGES.items():
+        for name, number in numbers.items():
+            if torch.equal(function(x, number), y):
+                return ((how, name),)
+    return None
 
 
 def _copied(module: nn.Module, name: str, form: Form, given: dict[str, nn.Module]) -> Any:
     """A copy without hooks of `module` and of those within that lead to the parts of the form."""
     new = _bare(module)
-    names = set(vars(form).values())
+    names = form.names()
     for key, child in module._modules.items():
         inner = f"{name}.{key}".lstrip(".")
         if inner in given:

@@ -313,9 +313,20 @@ def test_bad_layouts() -> None:
     refused(ValueError, "the length of sequence 1 is 6", cu_seqlens=torch.tensor([0, 5, 11]))
     refused(ValueError, "the length of sequence 0 is -1", cu_seqlens=torch.tensor([0, -1, 4]))
     refused(ValueError, "cos and sin", cos=None)
-    refused(ValueError, "must be 1, one for each kind", slots=[run.table.flatten()] * 2)
-    refused(ValueError, "cos and sin must be given, one for each", cos=[run.cos] * 2)
-    refused(TypeError, "slots is str", slots=["x"])
+    two_kinds = {
+        "slots": [run.table.flatten()] * 2,
+        "block_tables": [run.table] * 2,
+        "cu_seqlens": [torch.tensor([0, 5, 10])] * 2,
+        "cos": [run.cos] * 2,
+        "sin": [run.sin] * 2,
+    }
+    refused(ValueError, "slots, block_tables and cu_seqlens must be given 1 times", **two_kinds)
+    refused(
+        ValueError,
+        "block_tables has 1 tensors, but slots 2",
+        **two_kinds | {"block_tables": [run.table]},
+    )
+    refused(TypeError, "block_tables is Tensor", slots=[run.table.flatten()])
     refused(ValueError, r"cos has shape \(1, 4, 20\)", cos=run.cos[:, :4], sin=run.sin[:, :4])
     refused(ValueError, "sin has shape", sin=run.sin[..., 1:])
     refused(ValueError, "caches must be two", caches=run.caches[:1])
@@ -342,7 +353,7 @@ def test_bad_layouts() -> None:
     with pytest.raises(ValueError, match="kind is 2, but it must be from 0 to 1"):
         decoder_stack([make(F32), make(F32, kind=2)])
     one = [make(F32), make(F32, kind=1)]
-    with pytest.raises(ValueError, match="cu_seqlens must be 2, one for each kind"):
+    with pytest.raises(ValueError, match="cu_seqlens must be given 2 times, once for each kind"):
         Run(one, x).pieces(5)
     with pytest.raises(ValueError, match="layers is empty"):
         decoder_stack([])

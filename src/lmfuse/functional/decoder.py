@@ -310,16 +310,30 @@ def decoder(
             )
         with torch.no_grad():
             return decoder(hidden_states, stack, caches, slots, block_tables, cu_seqlens, cos, sin)
-    each = map(_each, (slots, block_tables, cu_seqlens, cos, sin))
-    args = (hidden_states, stack._number, caches._number, *each)
+    if isinstance(slots, Tensor):
+        rows: Any = [slots, block_tables, cu_seqlens]
+        angles: Any = [] if cos is None or sin is None else [cos, sin]
+    else:
+        rows = _joined(slots=slots, block_tables=block_tables, cu_seqlens=cu_seqlens)
+        angles = [] if cos is None or sin is None else _joined(cos=cos, sin=sin)
+    args = (hidden_states, stack._number, caches._number, rows, angles)
     result: Tensor = call(_decoder, *args, check=_check_decoder)
     return result
 
 
-def _each(given: Each | None) -> Any:
-    if given is None:
-        return []
-    return given if isinstance(given, (list, tuple)) else [given]
+def _joined(**given: Any) -> list[Tensor]:
+    """Those of all kinds, the first argument of each first."""
+    count = None
+    for name, each in given.items():
+        if not isinstance(each, (list, tuple)):
+            raise TypeError(
+                f"{name} is {type(each).__name__}, but must be a tensor for layers of one kind, or "
+                "a list with one for each kind"
+            )
+        count = len(each) if count is None else count
+        if len(each) != count:
+            raise ValueError(f"{name} has {len(each)} tensors, but {next(iter(given))} {count}")
+    return [x for each in given.values() for x in each]
 
 
 def _check_stack(parameters: list[Tensor], layout: Tensor, numbers: Tensor) -> None:
@@ -367,14 +381,7 @@ def _check_caches(tensors: list[Tensor]) -> None:
 
 
 def _check_decoder(
-    hidden_states: Tensor,
-    stack: int,
-    caches: int,
-    slots: Sequence[Tensor],
-    block_tables: Sequence[Tensor],
-    cu_seqlens: Sequence[Tensor],
-    cos: Sequence[Tensor],
-    sin: Sequence[Tensor],
+    hidden_states: Tensor, stack: int, caches: int, rows: list[Tensor], angles: list[Tensor]
 ) -> None:
     _check.tensor("hidden_states", hidden_states)
     if hidden_states.dim() != 3 or not hidden_states.numel():
@@ -382,18 +389,15 @@ def _check_decoder(
             f"hidden_states has shape {tuple(hidden_states.shape)}, but must be [batch, tokens, "
             "hidden], and not empty"
         )
-    for name, given, dims in (
-        ("slots", slots, 1),
-        ("block_tables", block_tables, 2),
-        ("cu_seqlens", cu_seqlens, 1),
-    ):
-        for x in given:
-            if _check.held(name, x, (torch.int32, torch.int64)).dim() != dims:
-                raise ValueError(f"{name} has {x.dim()} dimensions, but must have {dims}")
-    for name, tables in (("cos", cos), ("sin", sin)):
-        for table in tables:
-            _check_angles(name, table, hidden_states)
-    for c, s in zip(cos, sin, strict=False):
+    names = [n for n in ("slots", "block_tables", "cu_seqlens") for _ in range(len(rows) // 3)]
+    for name, x in zip(names, rows, strict=True):
+        dims = 2 if name == "block_tables" else 1
+        if _check.held(name, x, (torch.int32, torch.int64)).dim() != dims:
+            raise ValueError(f"{name} has {x.dim()} dimensions, but must have {dims}")
+    kinds = len(angles) // 2
+    for i, x in enumerate(angles):
+        _check_angles("cos" if i < kinds else "sin", x, hidden_states)
+    for c, s in zip(angles[:kinds], angles[kinds:], strict=True):
         if c.shape != s.shape or c.dtype != s.dtype:
             raise ValueError(
                 f"sin has shape {tuple(s.shape)} and {s.dtype}, but must have those of cos, "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +21,6 @@ from lmfuse import functional
 from lmfuse.generation.slots import Slots
 
 _DTYPES = (None, torch.int8)
-
-# How large the arenas of each `Slots` were when layers last ran whole, and how many had been made;
-# which layers, and their arenas.
-_Opened: TypeAlias = "tuple[list[tuple[int, int]], list[Layer], functional.DecoderCaches]"
 
 
 class Cached(Tensor):
@@ -404,9 +400,9 @@ class Cache(DynamicCache):
         found: list[Any] = [self.layers[i] for i in indices] if last < len(self.layers) else []
         if not found or not all(isinstance(layer, Layer) for layer in found):
             return None
-        seen, of_kind = found[0].seen, dict(zip(kinds, found, strict=True))
+        seen, slots = found[0].seen, {k: x.slots for k, x in zip(kinds, found, strict=True)}
         alike = all(
-            layer.slots is of_kind[kind].slots and layer.seen == seen
+            layer.slots is slots[kind] and layer.seen == seen
             for kind, layer in zip(kinds, found, strict=True)
         )
         return found if alike else None
@@ -428,21 +424,24 @@ class Cache(DynamicCache):
             ValueError: the batch is not that of the tokens before; slots may have been taken.
         """
         batch, count, _ = x.shape
-        for one in {layer.slots: layer for layer in layers}.values():
-            one.take_slots(batch, count)
-        known = self._opened.get(layers[0])
-        if known is not None and known[1] == layers and known[0] == _sizes(layers):
-            return known[2]
-        for first in [f for f, (sizes, of, _) in self._opened.items() if sizes != _sizes(of)]:
-            del self._opened[first]  # before arenas grow: it holds those that were
+        opened = self._opened.get(layers[0])
+        if opened is None or opened.layers != layers:
+            opened = _Opened(layers)
+        for first in opened.firsts:
+            first.take_slots(batch, count)
+        if opened.sizes == opened.current():
+            return opened.caches
+        for key in [k for k, known in self._opened.items() if known.sizes != known.current()]:
+            del self._opened[key]  # before arenas grow: it holds those that were
         for layer in layers:
             if not layer.is_initialized:
                 states = x.new_empty((batch, kv_heads, 0, dim))
                 layer.lazy_initialization(states, states)
             layer._fit(layer.slots.capacity)
-        opened = functional.DecoderCaches([a for layer in layers for a in layer.arenas()])
-        self._opened[layers[0]] = _sizes(layers), layers, opened
-        return opened
+        opened.caches = functional.DecoderCaches([a for layer in layers for a in layer.arenas()])
+        opened.sizes = opened.current()
+        self._opened[layers[0]] = opened
+        return opened.caches
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_opened": {}}
@@ -479,9 +478,24 @@ class Cache(DynamicCache):
                 yield layer
 
 
-def _sizes(layers: list[Layer]) -> list[tuple[int, int]]:
-    """How large the arenas of each `Slots` of these layers are, and how many had been made."""
-    return [(s.capacity, s.made) for s in dict.fromkeys(layer.slots for layer in layers)]
+class _Opened:
+    """Layers that run whole.
+
+    Attributes:
+        firsts: one layer for each `Slots` of them.
+        sizes: of the arenas when they were opened as `caches`.
+    """
+
+    caches: functional.DecoderCaches
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+        self.firsts = list({layer.slots: layer for layer in layers}.values())
+        self.sizes: list[tuple[int, int]] = []
+
+    def current(self) -> list[tuple[int, int]]:
+        """How large the arenas of each `Slots` are, and how many had been made."""
+        return [(layer.slots.capacity, layer.slots.made) for layer in self.firsts]
 
 
 def _arena(like: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -262,32 +262,31 @@ class _Run:
         form, stack = self.kinds[0], self.stack
         assert stack is not None
         slots = [held[first].slots for first in self.firsts]
-        before = [each.total for each in slots]
-        turned = [t for t in tables if t[0] is not None]
-        angles: list[Any] = [t if t[0] is not None else turned[0] for t in tables if turned]
+        before, count = held[0].seen, hidden_states.shape[1]
         try:
             arenas = cache.extend(held, hidden_states, form.kv_heads, form.head_dim)
-            count = hidden_states.shape[1]
             found = [_padded(s, mask, count) for s, mask in zip(slots, masks, strict=True)]
             if None in found:
                 return None  # the slots wait for the modules
-            result = functional.decoder(
-                hidden_states,
-                stack,
-                arenas,
-                [each.new for each in slots],
-                [f[0] for f in found],
-                [f[2] for f in found],
-                [cos for cos, _ in angles],
-                [sin for _, sin in angles],
-            )
+            rows = [(s.new, f[0], f[2]) for s, f in zip(slots, found, strict=True)]
+            given: Any = rows[0] if len(rows) == 1 else zip(*rows, strict=True)
+            result = functional.decoder(hidden_states, stack, arenas, *given, *_angles(tables))
         except BaseException:
-            for each, total in zip(slots, before, strict=True):
-                each.crop(total)
+            for each in slots:
+                each.crop(before)
             raise
         for layer in held:
-            layer.seen = layer.slots.total
+            layer.seen = before + count
         return result
+
+
+def _angles(tables: list[_Tables]) -> Any:
+    """cos and sin of each kind; those that do not turn have those of another."""
+    if len(tables) == 1:
+        return tables[0]
+    turned = [t for t in tables if t[0] is not None]
+    each = [t if t[0] is not None else turned[0] for t in tables if turned]
+    return zip(*each, strict=True) if each else (None, None)
 
 
 def _runs(linear: Any) -> bool:

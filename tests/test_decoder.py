@@ -41,6 +41,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "norm of all heads": {"wide_norms": True, "rotary_dim": DIM},
     "no norms, scaled": {"before": False, "residual_scale": 0.25, "activation": "gelu_tanh"},
     "plain relu": {"gated": False, "activation": "relu"},
+    "alibi": {
+        "alibi": torch.tensor([0.5, 0.25, 0.125, 0.0625]),
+        "interleaved": True,
+        "kv_heads": 4,
+    },
 }
 
 
@@ -135,7 +140,7 @@ def test_reference(isa: str, dtype: torch.dtype, form: str) -> None:
     assert error < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("form", ["llama", "norms everywhere", "neox"])
+@pytest.mark.parametrize("form", ["llama", "norms everywhere", "neox", "alibi"])
 def test_bits_depend_on_the_row_alone(isa: str, dtype: torch.dtype, form: str) -> None:
     """Not on the batch, the piece of the prompt, or the number of threads."""
     layers = [make(dtype, **FORMS[form]) for _ in range(3)]
@@ -355,6 +360,9 @@ def test_bad_layouts() -> None:
     one = [make(F32), make(F32, kind=1)]
     with pytest.raises(ValueError, match="cu_seqlens must be given 2 times, once for each kind"):
         Run(one, x).pieces(5)
+    for slopes, words in ((torch.ones(3), "has 3 elements"), (torch.ones(4).half(), "float32")):
+        with pytest.raises(ValueError, match=f"alibi.*{words}"):
+            decoder_stack([make(F32, alibi=slopes)])
     with pytest.raises(ValueError, match="layers is empty"):
         decoder_stack([])
     with pytest.raises(ValueError, match="activation is 'mish'"):

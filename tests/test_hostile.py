@@ -186,7 +186,7 @@ def _decoder_layer(**options: Any) -> F.DecoderLayer:
     o, down = (F.DecoderLinear(F.pack_linear(torch.randn(32, k))) for k in (64, 40))
     return F.DecoderLayer(
         4, 2, 16, q, kv, kv, o, inner, inner, down, 0.25,
-        attention_input=norm, mlp_input=norm, rotary_dim=16, **options,
+        attention_input=norm, mlp_input=norm, rotary_dim=16, alibi=torch.rand(4), **options,
     )  # fmt: skip
 
 
@@ -315,7 +315,7 @@ def test_tensors_where_autograd_looks_on(call: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_layers_of_a_decoder() -> None:
     """Of whose parameters the op says which they are of the layer."""
-    parts = ("norm", "query", "key", "value", "output", "gate", "up", "down")
+    parts = ("norm", "query", "key", "value", "output", "gate", "up", "down", "alibi")
     check_tensors((_described, _stack), HOSTILE, parts)
 
 

@@ -51,8 +51,9 @@ struct DecoderLayer {
   int64_t rotary_dim;
   bool rotary_half, parallel, gated;
   PostOp activation;
-  int64_t window;  // how far a query sees to the left
-  int64_t kind;    // those of one kind see the same positions
+  int64_t window;      // how far a query sees to the left
+  int64_t kind;        // those of one kind see the same positions
+  const float* alibi;  // slopes of the heads, or null
   float scale, softcap, residual_scale;
 
   int64_t hidden() const { return query.k; }
@@ -87,7 +88,7 @@ class DecoderReader {
     return all;
   }
 
-  static constexpr int64_t kIntegers = 6 * 3 + 7 * 3 + 12, kNumbers = 6 * 2 + 3;
+  static constexpr int64_t kIntegers = 6 * 3 + 7 * 3 + 13, kNumbers = 6 * 2 + 3;
 
  private:
   int64_t integer(int64_t least, int64_t most, const char* name) {
@@ -113,6 +114,13 @@ class DecoderReader {
                        " elements, but must have ", size);
     size = t->size(0);
     return {t->const_data_ptr(), dtype(*t, name)};
+  }
+
+  const float* slopes(int64_t heads) {
+    int64_t size = heads;
+    const Vector found = vector("alibi", size);
+    LMFUSE_CHECK_VALUE(!found.data || found.dtype == DType::f32, "alibi must be float32");
+    return static_cast<const float*>(found.data);
   }
 
   DecoderNorm norm(const char* name) {
@@ -191,6 +199,7 @@ class DecoderReader {
     l.gated = flags & 2;
     l.activation = static_cast<PostOp>(integer(0, 4, "activation"));
     l.kind = integer(0, static_cast<int64_t>(firsts_.size()), "kind");  // in order of appearance
+    l.alibi = slopes(l.heads);
     l.scale = number();
     l.softcap = number();
     l.residual_scale = number();

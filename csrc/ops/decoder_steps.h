@@ -273,6 +273,7 @@ class DecoderWorker {
     a.value = source(cache.value, kind.first_slot);
     a.scale = l.scale;
     a.softcap = l.softcap;
+    a.alibi = l.alibi;
     a.scratch = c_.attention_scratch + w_.index * c_.attention_scratch_step;
     k_.attention(a, kind.shares->begin(w_.index, w_.count),
                  kind.shares->begin(w_.index + 1, w_.count));

@@ -93,6 +93,7 @@ class DecoderLayer:
         window: how many positions a query sees to its left; -1 for all.
         parallel: attention and MLP read the same x.
         residual_scale: c.
+        alibi: float32 [heads], or None: slope · distance is subtracted from the scores.
         kind: which of the slots, tables and angles of a call the layer uses: those of one kind see
             the same positions. The first layer has 0, and each new kind the next number.
     """
@@ -124,6 +125,7 @@ class DecoderLayer:
     parallel: bool = False
     residual_scale: float = 1.0
     kind: int = 0
+    alibi: Tensor | None = None
 
     def linears(self) -> list[DecoderLinear]:
         """Those that there are."""
@@ -238,7 +240,7 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
     flags = layer.parallel + 2 * layer.gated
     integers += (layer.heads, layer.kv_heads, layer.head_dim, key, value, step)
     integers += (layer.rotary_dim, int(layer.rotary_half), layer.window, flags)
-    integers += (_POSTS[layer.activation], layer.kind)
+    integers += (_POSTS[layer.activation], layer.kind, place(layer.alibi))
     numbers += (layer.scale, layer.softcap, layer.residual_scale)
     return integers, numbers
 

@@ -64,6 +64,7 @@ def attend(layer: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Ten
         causal=True,
         scale=layer.scale,
         softcap=layer.softcap,
+        alibi=layer.alibi,
         window=(layer.window, -1),
     )
     return out.flatten(2)

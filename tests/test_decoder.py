@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +41,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "norm of all heads": {"wide_norms": True, "rotary_dim": DIM},
     "no norms, scaled": {"before": False, "residual_scale": 0.25, "activation": "gelu_tanh"},
     "plain relu": {"gated": False, "activation": "relu"},
+    "alibi": {
+        "alibi": torch.tensor([0.5, 0.25, 0.125, 0.0625]),
+        "interleaved": True,
+        "kv_heads": 4,
+    },
 }
 
 
@@ -134,7 +140,7 @@ def test_reference(isa: str, dtype: torch.dtype, form: str) -> None:
     assert error < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("form", ["llama", "norms everywhere", "neox"])
+@pytest.mark.parametrize("form", ["llama", "norms everywhere", "neox", "alibi"])
 def test_bits_depend_on_the_row_alone(isa: str, dtype: torch.dtype, form: str) -> None:
     """Not on the batch, the piece of the prompt, or the number of threads."""
     layers = [make(dtype, **FORMS[form]) for _ in range(3)]
@@ -168,6 +174,61 @@ def test_stack_is_layer_after_layer(dtype: torch.dtype) -> None:
         one.cos, one.sin = run.cos, run.sin
         x = one.pieces(9)
     assert_same_bits(y, x)
+
+
+class Mixed:
+    """Layers of two kinds over one batch: some see a window, of which no more is kept, in other
+    slots and with other angles than those that see all."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        near = {"rotary_dim": DIM, "window": 6}
+        self.layers = [
+            make(dtype, **near),
+            make(dtype, rotary_dim=DIM, kind=1),
+            make(dtype, **near),
+            make(dtype, kind=1),
+        ]
+        self.x = torch.randn(2, 300, HIDDEN).to(dtype)
+        self.stack = decoder_stack(self.layers)
+        whole = [replace(layer, kind=0) for layer in self.layers]
+        self.alone = [Run([layer], self.x) for layer in whole]
+        for one, like in ((2, 0), (3, 1)):
+            self.alone[one].cos, self.alone[one].sin = self.alone[like].cos, self.alone[like].sin
+        self.tables = [self.alone[0].table, self.alone[0].table.flip(1) + 5]
+        self.caches = [
+            torch.zeros(2, 600 + 5 * layer.kind, DIM, dtype=dtype)
+            for layer in self.layers
+            for _ in range(2)
+        ]
+
+    def piece(self, begin: int, end: int, rows: slice = slice(None)) -> Tensor:
+        x = self.x[rows, begin:end]
+        tables = [self.tables[0][rows, max(0, begin - 6) : end], self.tables[1][rows, :end]]
+        lengths = [torch.arange(len(x) + 1) * table.shape[1] for table in tables]
+        slots = [table[:, begin - end :].flatten() for table in tables]
+        cos, sin = ([getattr(a, n)[:, begin:end] for a in self.alone[:2]] for n in ("cos", "sin"))
+        return functional.decoder(x, self.stack, self.caches, slots, tables, lengths, cos, sin)
+
+    def expected(self) -> Tensor:
+        cos, sin = ([getattr(a, n) for a in self.alone[:2]] for n in ("cos", "sin"))
+        return reference(self.x.double(), self.layers, cos, sin)
+
+
+def test_layers_of_two_kinds(isa: str, dtype: torch.dtype) -> None:
+    """The bits of layer after layer, whatever the pieces and the batch."""
+    mixed = Mixed(dtype)
+    whole, expected = mixed.piece(0, 300), mixed.expected()
+    assert (whole.double() - expected).abs().max() / expected.abs().max() < TOLERANCE[dtype]
+    x = mixed.x
+    for one in mixed.alone:
+        one.x = x
+        x = one.pieces(300)
+    assert_same_bits(whole, x)
+    pieces = [mixed.piece(*ends) for ends in ((0, 290), (290, 291), (291, 292), (292, 300))]
+    assert_same_bits(torch.cat(pieces, 1), whole)
+    row = slice(1, 2)
+    pieces = [mixed.piece(*ends, row) for ends in ((0, 290), (290, 291), (291, 300))]
+    assert_same_bits(torch.cat(pieces, 1), whole[row])
 
 
 def test_padding_on_the_left(dtype: torch.dtype) -> None:
@@ -257,6 +318,20 @@ def test_bad_layouts() -> None:
     refused(ValueError, "the length of sequence 1 is 6", cu_seqlens=torch.tensor([0, 5, 11]))
     refused(ValueError, "the length of sequence 0 is -1", cu_seqlens=torch.tensor([0, -1, 4]))
     refused(ValueError, "cos and sin", cos=None)
+    two_kinds = {
+        "slots": [run.table.flatten()] * 2,
+        "block_tables": [run.table] * 2,
+        "cu_seqlens": [torch.tensor([0, 5, 10])] * 2,
+        "cos": [run.cos] * 2,
+        "sin": [run.sin] * 2,
+    }
+    refused(ValueError, "slots, block_tables and cu_seqlens must be given 1 times", **two_kinds)
+    refused(
+        ValueError,
+        "block_tables has 1 tensors, but slots 2",
+        **two_kinds | {"block_tables": [run.table]},
+    )
+    refused(TypeError, "block_tables is Tensor", slots=[run.table.flatten()])
     refused(ValueError, r"cos has shape \(1, 4, 20\)", cos=run.cos[:, :4], sin=run.sin[:, :4])
     refused(ValueError, "sin has shape", sin=run.sin[..., 1:])
     refused(ValueError, "caches must be two", caches=run.caches[:1])
@@ -276,8 +351,18 @@ def test_bad_layouts() -> None:
         functional.DecoderStack(run.stack.parameters, broken[:, 1:], run.stack.numbers)
     assert all(torch.equal(a, b) for a, b in zip(run.caches, before, strict=True))
     two = [make(F32), make(F32, window=3)]
-    with pytest.raises(ValueError, match="same sizes, window"):
+    with pytest.raises(ValueError, match="one kind must have the same window"):
         Run(two, x).pieces(5)
+    with pytest.raises(ValueError, match="the same sizes and form"):
+        Run([make(F32), make(F32, gated=False)], x).pieces(5)
+    with pytest.raises(ValueError, match="kind is 2, but it must be from 0 to 1"):
+        decoder_stack([make(F32), make(F32, kind=2)])
+    one = [make(F32), make(F32, kind=1)]
+    with pytest.raises(ValueError, match="cu_seqlens must be given 2 times, once for each kind"):
+        Run(one, x).pieces(5)
+    for slopes, words in ((torch.ones(3), "has 3 elements"), (torch.ones(4).half(), "float32")):
+        with pytest.raises(ValueError, match=f"alibi.*{words}"):
+            decoder_stack([make(F32, alibi=slopes)])
     with pytest.raises(ValueError, match="layers is empty"):
         decoder_stack([])
     with pytest.raises(ValueError, match="activation is 'mish'"):

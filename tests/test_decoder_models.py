@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import lmfuse
 from helpers import BF16, assert_same_bits
@@ -18,6 +19,9 @@ from lmfuse.generation import Cache
 from lmfuse.hf import decoder as joint
 from test_hf_attention import TINY
 
+# Two types of layers: with a window, and without.
+TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+MIXED: dict[str, Any] = {"sliding_window": 6, "num_hidden_layers": 4, "layer_types": TYPES}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 6},
@@ -26,8 +30,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": {"partial_rotary_factor": 0.5},
     "phi3": {},
     "gemma": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "sliding_window": 6},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 6, "sliding_window_pattern": 2},
+    "gemma2": {"head_dim": 16, **MIXED},
+    "gemma3_text": {"head_dim": 16, **MIXED},
     "granite": {"residual_multiplier": 0.22, "attention_multiplier": 0.3},
     "stablelm": {},
     "olmo2": {},
@@ -36,14 +40,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "smollm3": {"no_rope_layer_interval": 2},
+    "cohere2": MIXED,  # where those without a window do not rotate
+    "olmo3": MIXED,
+    "qwen3 windows": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 6, **MIXED},
 }
-MIXED = ("gemma2", "gemma3_text")  # layers of two types: one op for each layer
 
 
 def model_of(family: str = "llama", **changed: Any) -> Any:
     settings = {k: v for k, v in TINY.items() if k != "eos_token_id"}
     config = transformers.AutoConfig.for_model(
-        family, **{**settings, **FAMILIES[family], "eos_token_id": 2, **changed}
+        family.split()[0], **{**settings, **FAMILIES[family], "eos_token_id": 2, **changed}
     )
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForCausalLM
@@ -80,8 +86,7 @@ def test_families(family: str, runs: list[int]) -> None:
     runs.clear()
     for options in ({}, {"padded": True}, {"num_beams": 4}):
         assert torch.equal(generated(ours, **options), generated(stock, **options))
-    each = 1 if family in MIXED else 2
-    assert runs == [each] * (30 * 2 // each)
+    assert runs == [stock.config.num_hidden_layers] * 30
     with torch.no_grad():
         given = inputs(True)
         cache = Cache(stock.config.get_text_config())
@@ -101,8 +106,9 @@ def test_bfloat16() -> None:
     assert (b - exact).norm() <= 1.05 * (a - exact).norm()
 
 
-def test_prompt_in_pieces_has_the_same_bits(runs: list[int]) -> None:
-    ours = lmfuse.optimize(model_of())
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_prompt_in_pieces_has_the_same_bits(family: str, runs: list[int]) -> None:
+    ours = lmfuse.optimize(model_of(family))
     runs.clear()
     ids = inputs(False)["input_ids"]
     results = []
@@ -111,7 +117,7 @@ def test_prompt_in_pieces_has_the_same_bits(runs: list[int]) -> None:
         with torch.no_grad():
             parts = [ours(p, past_key_values=cache).logits for p in ids.split(sizes, 1)]
         results.append(torch.cat(parts, 1))
-    assert runs == [2] * 4
+    assert runs == [len(ours.model.layers)] * 4
     assert_same_bits(*results)
 
 
@@ -241,12 +247,141 @@ def test_padding_in_the_middle() -> None:
     torch.testing.assert_close(b[mask.bool()], a[mask.bool()], rtol=1e-4, atol=1e-4)
 
 
+class Own(transformers.Gemma3TextModel):
+    """With a forward that may do something between two layers."""
+
+    more: bool
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> Any:
+        x = self.embed_tokens(input_ids)
+        at = torch.arange(x.shape[1])[None] if position_ids is None else position_ids
+        angles = {kind: self.rotary_emb(x, at, kind) for kind in set(TYPES)}
+        given: dict[str, Any] = {"attention_mask": None, "past_key_values": past_key_values}
+        for i, layer in enumerate(self.layers):
+            x = 1.5 * x if self.more else x
+            x = layer(x, position_embeddings=angles[TYPES[i]], **given)
+        return BaseModelOutputWithPast(self.norm(x), past_key_values)
+
+
+class TestMixed:
+    """Layers of two types in one op, and where they cannot be."""
+
+    def test_rows_have_the_same_bits_alone(self, runs: list[int]) -> None:
+        ours = lmfuse.optimize(model_of("gemma3_text"), dtype=BF16)
+        runs.clear()
+        ids, mask = inputs(True).values()
+        rows, batched = [], []
+        with torch.no_grad():
+            cache = Cache(ours.config)
+            at = (mask.cumsum(1) - 1).clamp(min=0)
+            for piece, seen in ((slice(0, 8), 8), (slice(8, 9), 9)):
+                given = {"attention_mask": mask[:, :seen], "position_ids": at[:, piece]}
+                out = ours(ids[:, piece], **given, past_key_values=cache)
+                batched.append(out.logits)
+            for row, hidden in enumerate((3, 5, 0)):
+                out = ours(ids[row : row + 1, hidden:], past_key_values=Cache(ours.config))
+                rows.append(out.logits)
+        found = torch.cat(batched, 1)
+        for row, hidden in enumerate((3, 5, 0)):
+            assert_same_bits(found[row : row + 1, hidden:], rows[row])
+        assert runs == [4] * 5
+
+    @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+    def test_a_cache_that_keeps_all(self, family: str, runs: list[int]) -> None:
+        """Also what has left the window."""
+        stock = model_of(family)
+        ours = lmfuse.optimize(stock)
+        runs.clear()
+        ids = inputs(False)["input_ids"]
+        with torch.no_grad():
+            expected = stock(ids).logits
+            cache = Cache()
+            found = [ours(p, past_key_values=cache).logits for p in ids.split((4, 4, 1), 1)]
+        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+        assert runs == [4] * 3
+
+    def test_heads_as_wide_as_those_of_gemma(self) -> None:
+        """Of which sums are so long that rounding shows."""
+        for dtype in (None, BF16):
+            ours = lmfuse.optimize(model_of("gemma2", head_dim=256), dtype=dtype)
+            assert hf.report(ours).replaced["model.layers"] == "stack of decoder layers"
+
+    @pytest.mark.parametrize("more", [False, True])
+    def test_a_model_that_does_more_between_its_layers(self, more: bool, runs: list[int]) -> None:
+        stock = model_of("gemma3_text")
+        stock.model.__class__ = Own
+        stock.model.more = more
+        stock.set_attn_implementation("sdpa")  # without a mask: causal, and without a window
+        ours = lmfuse.optimize(stock)
+        ids = inputs(False)["input_ids"][:, :5]
+        runs.clear()
+        with torch.no_grad():
+            expected = stock.model(ids, past_key_values=transformers.DynamicCache())[0]
+            found = ours.model(ids, past_key_values=Cache(ours.config))[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert runs == ([1] * 4 if more else [4])
+
+    def test_a_hook_leaves_the_others_whole(self, runs: list[int]) -> None:
+        ours = lmfuse.optimize(model_of("gemma3_text"))
+        expected = generated(ours, padded=True)
+        seen: list[nn.Module] = []
+        hook = ours.model.layers[1].mlp.register_forward_hook(lambda m, *_: seen.append(m))
+        runs.clear()
+        assert torch.equal(generated(ours, padded=True), expected)
+        assert runs == [1] * 30
+        assert len(seen) == 10
+        hook.remove()
+
+    def test_fewer_layers(self) -> None:
+        stock = model_of("gemma3_text")
+        ours = lmfuse.optimize(stock)
+        for model in (stock, ours):
+            model.config.num_hidden_layers = 2  # of one type
+        assert torch.equal(generated(ours, padded=True), generated(stock, padded=True))
+
+    def test_copies_and_restore(self, runs: list[int]) -> None:
+        ours = lmfuse.optimize(model_of("gemma3_text"))
+        expected = generated(ours)
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            runs.clear()
+            assert torch.equal(generated(other), expected)
+            assert runs == [4] * 10
+        lmfuse.restore(ours)
+        runs.clear()
+        assert torch.equal(generated(ours), expected)
+        assert not runs
+
+    def test_masks_and_angles_of_the_caller(self, runs: list[int]) -> None:
+        """Who hands over a mask for each type gets what the modules say."""
+        stock = model_of("gemma3_text")
+        ours = lmfuse.optimize(stock)
+        runs.clear()
+        ids = inputs(False)["input_ids"]
+        behind = torch.arange(9)[:, None] - torch.arange(9)
+        masks = {"full_attention": behind >= 0, "sliding_attention": (behind >= 0) & (behind < 3)}
+        masks = {k: torch.where(m, 0.0, -torch.inf)[None, None] for k, m in masks.items()}
+        with torch.no_grad():
+            expected = stock(ids, masks).logits
+            found = ours(ids, masks, past_key_values=Cache(ours.config)).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert not runs
+
+
 def failing(*_: object) -> Tensor:
     raise RuntimeError("half way")
 
 
-def test_an_exception_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = lmfuse.optimize(model_of())
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_an_exception_leaves_the_cache_as_it_was(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = lmfuse.optimize(model_of(family))
     ids = inputs(False)["input_ids"]
     cache, other = Cache(ours.config), Cache(ours.config)
     with torch.no_grad():

@@ -180,21 +180,34 @@ def _experts() -> Arguments:
     }  # fmt: skip
 
 
-def _decoder() -> Arguments:
+def _decoder_layer(**options: Any) -> F.DecoderLayer:
     norm = F.DecoderNorm(torch.rand(32))
     q, kv, inner = (F.DecoderLinear(F.pack_linear(torch.randn(n, 32))) for n in (64, 32, 40))
     o, down = (F.DecoderLinear(F.pack_linear(torch.randn(32, k))) for k in (64, 40))
-    layer = F.DecoderLayer(
+    return F.DecoderLayer(
         4, 2, 16, q, kv, kv, o, inner, inner, down, 0.25,
-        attention_input=norm, mlp_input=norm, rotary_dim=16,
+        attention_input=norm, mlp_input=norm, rotary_dim=16, alibi=torch.rand(4), **options,
     )  # fmt: skip
+
+
+def _decoder() -> Arguments:
     return {
-        "hidden_states": torch.randn(2, 3, 32), "stack": F.decoder_stack([layer]),
+        "hidden_states": torch.randn(2, 3, 32), "stack": F.decoder_stack([_decoder_layer()]),
         "caches": tuple(torch.zeros(2, 12, 16) for _ in range(2)),
         "slots": torch.tensor([0, 2, 4, 1, 3, 5]), "cu_seqlens": torch.tensor([0, 3, 6]),
         "block_tables": torch.tensor([[0, 2, 4], [1, 3, 5]]).int(),
         "cos": torch.randn(2, 3, 16), "sin": torch.randn(2, 3, 16),
     }  # fmt: skip
+
+
+def _decoder_kinds() -> Arguments:
+    """Two kinds of layers."""
+    one = _decoder()
+    layers = [_decoder_layer(), _decoder_layer(window=1, kind=1)]
+    each = ("slots", "block_tables", "cu_seqlens", "cos", "sin")
+    caches = {"caches": tuple(torch.zeros(2, 12, 16) for _ in range(4))}
+    both = {name: (one[name], one[name].clone()) for name in each}
+    return one | caches | both | {"stack": F.decoder_stack(layers)}
 
 
 def _decoder_int8() -> Arguments:
@@ -272,6 +285,7 @@ CALLS: dict[str, Call] = {
     "experts": (F.experts, _experts),
     "decoder": (F.decoder, _decoder),
     "decoder int8": (F.decoder, _decoder_int8),
+    "decoder kinds": (F.decoder, _decoder_kinds),
     "rms norm": (F.rms_norm, lambda: _norm("hidden_states", "weight", eps=1e-6)),
     "layer norm": (F.layer_norm, lambda: _norm("hidden_states", "weight", "bias")),
     "add rms norm": (F.add_rms_norm, lambda: _norm("residual", "x", "weight", add_back=True)),
@@ -301,7 +315,7 @@ def test_tensors_where_autograd_looks_on(call: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_layers_of_a_decoder() -> None:
     """Of whose parameters the op says which they are of the layer."""
-    parts = ("norm", "query", "key", "value", "output", "gate", "up", "down")
+    parts = ("norm", "query", "key", "value", "output", "gate", "up", "down", "alibi")
     check_tensors((_described, _stack), HOSTILE, parts)
 
 

@@ -45,10 +45,19 @@ void carve(Buffers& b, DecoderCall& c, int64_t threads) {
   c.middle = wide(c.hidden);
   if (l.gated) c.gate_up = wide(2 * l.inner());
   c.scratch = b.take(threads * c.scratch_step);
-  c.attention_scratch_step = (kernels().attention_scratch(c.attention) + 63) / 64 * 64;
+  int64_t entries = 0;
+  for (const DecoderKind& kind : c.kinds) {
+    const int64_t size = (kernels().attention_scratch(kind.attention) + 63) / 64 * 64;
+    c.attention_scratch_step = std::max(c.attention_scratch_step, size);
+    entries = std::max(entries, kind.plan.entries);
+  }
   c.attention_scratch = b.take(threads * c.attention_scratch_step);
-  c.attention.partials =
-      reinterpret_cast<float*>(b.take(c.plan.entries * attention_entry(l.head_dim) * 4));
+  auto* partials = reinterpret_cast<float*>(b.take(entries * attention_entry(l.head_dim) * 4));
+  for (DecoderKind& kind : c.kinds) {
+    kind.attention.query = c.projected.data;
+    kind.attention.out = c.attended.data;
+    kind.attention.partials = partials;
+  }
 }
 
 // Where the keys of each sequence are: its row of block_tables, and how many of them.
@@ -109,20 +118,20 @@ struct Tables {
   }
 };
 
-void plan_attention(DecoderCall& c, const Tables& t) {
-  const DecoderLayer& l = c.layers[0];
-  AttentionArgs& a = c.attention;
+void plan_attention(const DecoderCall& c, const DecoderLayer& l, const DecoderCache& cache,
+                    const Tables& t, DecoderKind& kind) {
+  AttentionArgs& a = kind.attention;
   a.dtype = c.type;
-  a.key = c.caches[0].key;
-  a.value = c.caches[0].value;
+  a.key = cache.key;
+  a.value = cache.value;
   a.heads = l.heads;
   a.kv_heads = l.kv_heads;
   a.dim = a.value_dim = l.head_dim;
   a.value_scale = 1.0f;
   a.window_left = l.window;
   a.window_right = 0;
-  c.first_slot = t.in_order();
-  a.block = c.first_slot < 0 ? 1 : int64_t{1} << 40;
+  kind.first_slot = t.in_order();
+  a.block = kind.first_slot < 0 ? 1 : int64_t{1} << 40;
   const int64_t in = row_stride(l.columns, c.rows()), out = row_stride(l.attended(), c.rows());
   a.q_stride_s = in;
   a.q_stride_h = l.head_stride;
@@ -134,18 +143,65 @@ void plan_attention(DecoderCall& c, const Tables& t) {
     s.out = b * c.tokens * out;
     s.q_len = c.tokens;
     s.kv_len = t.length(b);
-    s.table = c.first_slot < 0 ? t.own.data() + b * t.width : nullptr;
-    c.plan.sequences.push_back(s);
+    s.table = kind.first_slot < 0 ? t.own.data() + b * t.width : nullptr;
+    kind.plan.sequences.push_back(s);
   }
-  make_units(a, c.plan, thread_count());
-  a.sequences = c.plan.sequences.data();
-  a.units = c.plan.units.data();
-  c.shares.emplace(a, c.plan);
-  c.cache.from_type = c.type;
-  c.cache.slots = t.slots.data();
-  c.cache.block = 1;
-  c.cache.heads = l.kv_heads;
+  make_units(a, kind.plan, thread_count());
+  a.sequences = kind.plan.sequences.data();
+  a.units = kind.plan.units.data();
+  kind.shares.emplace(a, kind.plan);
+  kind.cache.from_type = c.type;
+  kind.cache.slots = t.slots.data();
+  kind.cache.block = 1;
+  kind.cache.heads = l.kv_heads;
 }
+
+// The kinds of a call, and what they point to. For each there are slots, block_tables and
+// cu_seqlens in `rows`, first all slots, and cos and sin in `angles`. (A list is 0.7 us.)
+class Kinds {
+ public:
+  Kinds(DecoderCall& c, const std::vector<Tensor>& rows, const std::vector<Tensor>& angles) {
+    std::vector<size_t> firsts;  // layers
+    std::vector<int64_t> slots;
+    int64_t rotary_dim = 0;
+    for (size_t i = 0; i < c.layers.size(); ++i) {
+      const size_t kind = c.layers[i].kind;
+      if (kind == firsts.size()) {
+        firsts.push_back(i);
+        slots.push_back(c.caches[i].slots);
+      }
+      slots[kind] = std::min(slots[kind], c.caches[i].slots);
+      rotary_dim = std::max(rotary_dim, c.layers[i].rotary_dim);
+    }
+    const size_t count = firsts.size();
+    LMFUSE_CHECK_VALUE(rows.size() == 3 * count,
+                       "slots, block_tables and cu_seqlens must be given ",
+                       static_cast<int64_t>(count), " times, once for each kind of layer");
+    LMFUSE_CHECK_VALUE(!rotary_dim || angles.size() == 2 * count, "cos and sin must be given ",
+                       static_cast<int64_t>(count), " times, once for each kind of layer");
+    c.kinds.resize(count);
+    tables_.reserve(count);
+    angles_.reserve(count);
+    for (size_t k = 0; k < count; ++k) {
+      const DecoderLayer& l = c.layers[firsts[k]];
+      if (rotary_dim) rotate(c, l, angles[k], angles[count + k], rotary_dim, c.kinds[k]);
+      tables_.emplace_back(rows[k], rows[count + k], rows[2 * count + k], c, slots[k]);
+      plan_attention(c, l, c.caches[firsts[k]], tables_[k], c.kinds[k]);
+    }
+  }
+
+ private:
+  void rotate(const DecoderCall& c, const DecoderLayer& l, const Tensor& cos, const Tensor& sin,
+              int64_t rotary_dim, DecoderKind& kind) {
+    LMFUSE_CHECK_VALUE(cos.dim() == 3, "cos and sin must be [batch, tokens, width]");
+    angles_.push_back(RopeTable{sin, cos, {}, rotary_dim, true});
+    kind.rope = angles_.back().args({c.batch, c.tokens, l.heads, l.head_dim, 0, 0, 0});
+    kind.rope.dtype = c.type;
+  }
+
+  std::vector<Tables> tables_;
+  std::vector<RopeTable> angles_;
+};
 
 // How many threads are worth waking: each has at least 256k products.
 int64_t team_size(const DecoderCall& c) {
@@ -171,9 +227,8 @@ int64_t decoder_open_caches(std::vector<Tensor> caches) {
 void decoder_close_caches(int64_t caches) { Kept<DecoderCaches>::forget(caches); }
 
 // hidden_states [batch, tokens, hidden]; see functional/decoder.py for the others.
-Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, Tensor slots,
-               Tensor block_tables, Tensor cu_seqlens, std::optional<Tensor> cos,
-               std::optional<Tensor> sin) {
+Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, std::vector<Tensor> rows,
+               std::vector<Tensor> angles) {
   LMFUSE_CHECK(hidden_states.is_cpu() && hidden_states.dim() == 3 && hidden_states.numel() > 0,
                "hidden_states must be a CPU tensor [batch, tokens, hidden], and not be empty");
   if (!hidden_states.is_contiguous()) hidden_states = torch::stable::contiguous(hidden_states);
@@ -195,27 +250,13 @@ Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, Tensor slots
   c.tokens = hidden_states.size(1);
   c.hidden = hidden_states.size(2);
   c.type = type;
-  bool rotates = false;
-  for (const DecoderLayer& l : c.layers) rotates = rotates || l.rotary_dim;
-  std::optional<RopeTable> table;
-  if (rotates) {
-    LMFUSE_CHECK_VALUE(cos && sin && cos->dim() == 3, "cos and sin must be [batch, tokens, width]");
-    table.emplace(RopeTable{*sin, *cos, {}, 0, true});
-    for (const DecoderLayer& l : c.layers)
-      table->rotary_dim = std::max(table->rotary_dim, l.rotary_dim);
-    c.rope = table->args({c.batch, c.tokens, first.heads, first.head_dim, 0, 0, 0});
-    c.rope.dtype = c.type;
-  }
-  const Tables tables(slots, block_tables, cu_seqlens, c, arenas.slots);
-  plan_attention(c, tables);
+  const Kinds kinds(c, rows, angles);
   Tensor y = new_like(hidden_states, "hidden_states");
   c.x = rows_matrix(const_cast<void*>(hidden_states.const_data_ptr()), c.type, c.rows(), c.hidden);
   c.y = rows_matrix(y.mutable_data_ptr(), c.type, c.rows(), c.hidden);
   const int64_t threads = team_size(c);
   size_rows(c);
   const Buffers buffers([&](Buffers& b) { carve(b, c, threads); });
-  c.attention.query = c.projected.data;
-  c.attention.out = c.attended.data;
   together(threads, [&](Worker& w) { DecoderWorker(c, w).run(); });
   return y;
 }
@@ -228,8 +269,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
   m.def("decoder_open_caches(Tensor[] caches) -> int");
   m.def("decoder_close_caches(int caches) -> ()");
   m.def(
-      "decoder(Tensor hidden_states, int stack, int caches, Tensor slots,"
-      " Tensor block_tables, Tensor cu_seqlens, Tensor? cos, Tensor? sin) -> Tensor");
+      "decoder(Tensor hidden_states, int stack, int caches, Tensor[] rows,"
+      " Tensor[] angles) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) {

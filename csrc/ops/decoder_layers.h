@@ -51,7 +51,9 @@ struct DecoderLayer {
   int64_t rotary_dim;
   bool rotary_half, parallel, gated;
   PostOp activation;
-  int64_t window;  // how far a query sees to the left
+  int64_t window;      // how far a query sees to the left
+  int64_t kind;        // those of one kind see the same positions
+  const float* alibi;  // slopes of the heads, or null
   float scale, softcap, residual_scale;
 
   int64_t hidden() const { return query.k; }
@@ -78,12 +80,15 @@ class DecoderReader {
     std::vector<DecoderLayer> all(layout.size() / kIntegers);
     for (DecoderLayer& l : all) {
       read(l);
+      if (l.kind == static_cast<int64_t>(firsts_.size())) firsts_.push_back(&l);
       alike(all[0], l);
+      LMFUSE_CHECK_VALUE(l.window == firsts_[l.kind]->window,
+                         "the layers of one kind must have the same window");
     }
     return all;
   }
 
-  static constexpr int64_t kIntegers = 6 * 3 + 7 * 3 + 11, kNumbers = 6 * 2 + 3;
+  static constexpr int64_t kIntegers = 6 * 3 + 7 * 3 + 13, kNumbers = 6 * 2 + 3;
 
  private:
   int64_t integer(int64_t least, int64_t most, const char* name) {
@@ -109,6 +114,13 @@ class DecoderReader {
                        " elements, but must have ", size);
     size = t->size(0);
     return {t->const_data_ptr(), dtype(*t, name)};
+  }
+
+  const float* slopes(int64_t heads) {
+    int64_t size = heads;
+    const Vector found = vector("alibi", size);
+    LMFUSE_CHECK_VALUE(!found.data || found.dtype == DType::f32, "alibi must be float32");
+    return static_cast<const float*>(found.data);
   }
 
   DecoderNorm norm(const char* name) {
@@ -186,6 +198,8 @@ class DecoderReader {
     l.parallel = flags & 1;
     l.gated = flags & 2;
     l.activation = static_cast<PostOp>(integer(0, 4, "activation"));
+    l.kind = integer(0, static_cast<int64_t>(firsts_.size()), "kind");  // in order of appearance
+    l.alibi = slopes(l.heads);
     l.scale = number();
     l.softcap = number();
     l.residual_scale = number();
@@ -235,18 +249,19 @@ class DecoderReader {
                        l.head_dim, " or ", heads * l.head_dim);
   }
 
-  // Equal in all that the activations and the plan of attention depend on.
+  // Equal in all that the activations and, but for the window, the plan of attention depend on.
   static void alike(const DecoderLayer& a, const DecoderLayer& b) {
     LMFUSE_CHECK_VALUE(a.hidden() == b.hidden() && a.heads == b.heads && a.kv_heads == b.kv_heads &&
                            a.head_dim == b.head_dim && a.head_stride == b.head_stride &&
-                           a.columns == b.columns && a.inner() == b.inner() &&
-                           a.window == b.window && a.gated == b.gated && a.parallel == b.parallel,
-                       "the layers of one call must have the same sizes, window and form");
+                           a.columns == b.columns && a.inner() == b.inner() && a.gated == b.gated &&
+                           a.parallel == b.parallel,
+                       "the layers of one call must have the same sizes and form");
   }
 
   const std::vector<Tensor>& parameters_;
   const int64_t* integer_ = nullptr;
   const double* number_ = nullptr;
+  std::vector<const DecoderLayer*> firsts_;  // of each kind
 };
 
 // The layers of a model, read once and kept, so that a step of a few milliseconds does not begin
@@ -294,6 +309,7 @@ class DecoderStack {
 // Where the keys and values of a layer are.
 struct DecoderCache {
   KvSource key, value;
+  int64_t slots;
 };
 
 // Caches [kv_heads, slots, head_dim], for each layer keys and values; of int8 also their scales,
@@ -319,14 +335,12 @@ class DecoderCaches {
   }
 
   std::vector<DecoderCache> layers;
-  int64_t slots;  // that all have
 
  private:
   void read() {
     const std::vector<Tensor>& all = tensors_.all;
     LMFUSE_CHECK(!all.empty() && all[0].dim() == 3, "caches must be tensors of three dimensions");
     kv_heads_ = all[0].size(0);
-    slots = all[0].size(1);
     head_dim_ = all[0].size(2);
     const bool scaled = all[0].scalar_type() == ScalarType::Char;
     const size_t each = scaled ? 4 : 2;
@@ -334,7 +348,8 @@ class DecoderCaches {
                  "caches must be two tensors for each layer, or four with the scales of int8");
     for (const Tensor* t = all.data(); t != all.data() + all.size(); t += each) {
       const DecoderCache c{side(t[0], scaled ? t + 2 : nullptr, "a key cache"),
-                           side(t[1], scaled ? t + 3 : nullptr, "a value cache")};
+                           side(t[1], scaled ? t + 3 : nullptr, "a value cache"),
+                           std::min(t[0].size(1), t[1].size(1))};
       layers.push_back(c);
       type_ = layers[0].key.type;
       LMFUSE_CHECK(c.key.type == type_ && c.value.type == type_,
@@ -346,7 +361,6 @@ class DecoderCaches {
     LMFUSE_CHECK(arena.is_cpu() && arena.dim() == 3 && arena.size(0) == kv_heads_ &&
                      arena.size(2) == head_dim_ && (head_dim_ == 1 || arena.stride(2) == 1),
                  name, " must be a CPU tensor [", kv_heads_, ", slots, ", head_dim_, "]");
-    slots = std::min(slots, arena.size(1));
     std::optional<Tensor> of_int8;
     if (scales) of_int8 = *scales;
     return kv_source(arena, of_int8, {1, 1, 0}, name);

@@ -23,6 +23,16 @@ struct DecoderStage {
   int64_t step;
 };
 
+// What the layers of one kind have in common: which positions they see, and the angles.
+struct DecoderKind {
+  RopeArgs rope;
+  CacheArgs cache;
+  AttentionArgs attention;
+  AttentionPlan plan;
+  std::optional<AttentionShares> shares;
+  int64_t first_slot;  // of the one sequence, if it lies in order; else -1
+};
+
 // All that the workers share, complete before the first of them starts.
 struct DecoderCall {
   const std::vector<DecoderLayer>& layers;
@@ -32,13 +42,8 @@ struct DecoderCall {
   Matrix x, y, middle;            // the first layer's input, the result, and what is on the way
   DecoderStage normed, attended, inner;
   Matrix projected, branch, gate_up;
-  RopeArgs rope;
-  CacheArgs cache;
-  AttentionArgs attention;
-  AttentionPlan plan;
-  std::optional<AttentionShares> shares;
-  int64_t first_slot;  // of the one sequence, if it lies in order; else -1
-  char* ready;         // rows as products want them, DecoderProducts::kMost forms at a time
+  std::vector<DecoderKind> kinds;
+  char* ready;  // rows as products want them, DecoderProducts::kMost forms at a time
   int64_t ready_each, ready_step;  // bytes of a form, and from one worker's copy to the next
   char* scratch;                   // of the products
   int64_t scratch_step;
@@ -223,7 +228,7 @@ class DecoderWorker {
       rotate(l, 0, l.heads, begin, end);
       rotate(l, l.key_column, l.kv_heads, begin, end);
     }
-    CacheArgs a = c_.cache;
+    CacheArgs a = kind(l).cache;
     a.key = side(l, l.key_column, cache.key);
     a.value = side(l, l.value_column, cache.value);
     a.to_type = cache.key.type;
@@ -243,7 +248,7 @@ class DecoderWorker {
   }
 
   void rotate(const DecoderLayer& l, int64_t at, int64_t count, int64_t begin, int64_t end) {
-    RopeArgs a = c_.rope;
+    RopeArgs a = kind(l).rope;
     const int64_t stride = c_.projected.rows.stride[0];
     a.x = a.y = {column(at), c_.tokens * stride, stride, l.head_stride};
     a.heads = count;
@@ -258,29 +263,35 @@ class DecoderWorker {
             1.0f};
   }
 
+  const DecoderKind& kind(const DecoderLayer& l) const { return c_.kinds[l.kind]; }
+
   // Into attended.
   void attend(const DecoderLayer& l, const DecoderCache& cache) {
-    AttentionArgs a = c_.attention;
-    a.key = source(cache.key);
-    a.value = source(cache.value);
+    const DecoderKind& kind = this->kind(l);
+    AttentionArgs a = kind.attention;
+    a.key = source(cache.key, kind.first_slot);
+    a.value = source(cache.value, kind.first_slot);
     a.scale = l.scale;
     a.softcap = l.softcap;
+    a.alibi = l.alibi;
     a.scratch = c_.attention_scratch + w_.index * c_.attention_scratch_step;
-    k_.attention(a, c_.shares->begin(w_.index, w_.count), c_.shares->begin(w_.index + 1, w_.count));
+    k_.attention(a, kind.shares->begin(w_.index, w_.count),
+                 kind.shares->begin(w_.index + 1, w_.count));
     w_.sync();
-    if (c_.plan.entries) {
+    if (kind.plan.entries) {
       const auto [begin, end] = w_.share(c_.batch * a.kv_heads);
       k_.attention_join(a, begin, end);
       w_.sync();
     }
   }
 
-  KvSource source(KvSource s) const {
-    if (c_.first_slot < 0) return s;
+  // From its slot `first` on; whole if that is negative.
+  static KvSource source(KvSource s, int64_t first) {
+    if (first < 0) return s;
     static constexpr int64_t kBytes[] = {4, 2, 2, 1, 1, 1};  // of KvType
-    const int64_t at = c_.first_slot * s.stride.token * kBytes[static_cast<int>(s.type)];
+    const int64_t at = first * s.stride.token * kBytes[static_cast<int>(s.type)];
     s.data = static_cast<const char*>(s.data) + at;
-    if (s.scale) s.scale += c_.first_slot * s.scale_stride.token;
+    if (s.scale) s.scale += first * s.scale_stride.token;
     return s;
   }
 

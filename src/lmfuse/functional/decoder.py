@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -93,6 +93,9 @@ class DecoderLayer:
         window: how many positions a query sees to its left; -1 for all.
         parallel: attention and MLP read the same x.
         residual_scale: c.
+        alibi: float32 [heads], or None: slope · distance is subtracted from the scores.
+        kind: which of the slots, tables and angles of a call the layer uses: those of one kind see
+            the same positions. The first layer has 0, and each new kind the next number.
     """
 
     heads: int
@@ -121,6 +124,8 @@ class DecoderLayer:
     window: int = -1
     parallel: bool = False
     residual_scale: float = 1.0
+    kind: int = 0
+    alibi: Tensor | None = None
 
     def linears(self) -> list[DecoderLinear]:
         """Those that there are."""
@@ -235,7 +240,7 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
     flags = layer.parallel + 2 * layer.gated
     integers += (layer.heads, layer.kv_heads, layer.head_dim, key, value, step)
     integers += (layer.rotary_dim, int(layer.rotary_half), layer.window, flags)
-    integers.append(_POSTS[layer.activation])
+    integers += (_POSTS[layer.activation], layer.kind, place(layer.alibi))
     numbers += (layer.scale, layer.softcap, layer.residual_scale)
     return integers, numbers
 
@@ -259,23 +264,28 @@ def _columns(layer: DecoderLayer) -> tuple[int, int, int]:
     return queries, queries + layer.kv_heads * dim, dim
 
 
+Each: TypeAlias = Tensor | Sequence[Tensor]  # one, or one for each kind of layer
+
+
 def decoder(
     hidden_states: Tensor,
     stack: DecoderStack,
     caches: DecoderCaches | Sequence[Tensor],
-    slots: Tensor,
-    block_tables: Tensor,
-    cu_seqlens: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    slots: Each,
+    block_tables: Each,
+    cu_seqlens: Each,
+    cos: Each | None = None,
+    sin: Each | None = None,
 ) -> Tensor:
     """The layers of `stack`, one after the other; see `DecoderLayer` for what each computes.
 
     Keys and values of the new tokens are written into the caches, and attention reads them there.
+    Where layers are of several kinds, say with a window and without, each kind has slots, tables
+    and angles of its own: sequences of tensors, in the order of `DecoderLayer.kind`.
 
     Args:
         hidden_states: [batch, tokens, hidden], of the dtype of the packed weights.
-        stack: from `decoder_stack`. Its layers have equal sizes and one window.
+        stack: from `decoder_stack`. Its layers have equal sizes, and those of a kind one window.
         caches: `DecoderCaches`, or what they are made of.
         slots: [batch * tokens], int32 or int64: where the new tokens go, row by row.
         block_tables: [batch, at least the longest], int32 or int64: the slots of all keys that a
@@ -302,9 +312,30 @@ def decoder(
             )
         with torch.no_grad():
             return decoder(hidden_states, stack, caches, slots, block_tables, cu_seqlens, cos, sin)
-    args = (hidden_states, stack._number, caches._number, slots, block_tables, cu_seqlens, cos, sin)
+    if isinstance(slots, Tensor):
+        rows: Any = [slots, block_tables, cu_seqlens]
+        angles: Any = [] if cos is None or sin is None else [cos, sin]
+    else:
+        rows = _joined(slots=slots, block_tables=block_tables, cu_seqlens=cu_seqlens)
+        angles = [] if cos is None or sin is None else _joined(cos=cos, sin=sin)
+    args = (hidden_states, stack._number, caches._number, rows, angles)
     result: Tensor = call(_decoder, *args, check=_check_decoder)
     return result
+
+
+def _joined(**given: Any) -> list[Tensor]:
+    """Those of all kinds, the first argument of each first."""
+    count = None
+    for name, each in given.items():
+        if not isinstance(each, (list, tuple)):
+            raise TypeError(
+                f"{name} is {type(each).__name__}, but must be a tensor for layers of one kind, or "
+                "a list with one for each kind"
+            )
+        count = len(each) if count is None else count
+        if len(each) != count:
+            raise ValueError(f"{name} has {len(each)} tensors, but {next(iter(given))} {count}")
+    return [x for each in given.values() for x in each]
 
 
 def _check_stack(parameters: list[Tensor], layout: Tensor, numbers: Tensor) -> None:
@@ -352,14 +383,7 @@ def _check_caches(tensors: list[Tensor]) -> None:
 
 
 def _check_decoder(
-    hidden_states: Tensor,
-    stack: int,
-    caches: int,
-    slots: Tensor,
-    block_tables: Tensor,
-    cu_seqlens: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    hidden_states: Tensor, stack: int, caches: int, rows: list[Tensor], angles: list[Tensor]
 ) -> None:
     _check.tensor("hidden_states", hidden_states)
     if hidden_states.dim() != 3 or not hidden_states.numel():
@@ -367,27 +391,28 @@ def _check_decoder(
             f"hidden_states has shape {tuple(hidden_states.shape)}, but must be [batch, tokens, "
             "hidden], and not empty"
         )
-    for name, x, dims in (
-        ("slots", slots, 1),
-        ("block_tables", block_tables, 2),
-        ("cu_seqlens", cu_seqlens, 1),
-    ):
+    names = [n for n in ("slots", "block_tables", "cu_seqlens") for _ in range(len(rows) // 3)]
+    for name, x in zip(names, rows, strict=True):
+        dims = 2 if name == "block_tables" else 1
         if _check.held(name, x, (torch.int32, torch.int64)).dim() != dims:
             raise ValueError(f"{name} has {x.dim()} dimensions, but must have {dims}")
-    batch, tokens, _ = hidden_states.shape
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table is None:
-            continue
-        _check.tensor(name, _check.held(name, table))
-        if table.dim() != 3 or table.shape[1] != tokens or table.shape[0] not in (1, batch):
+    kinds = len(angles) // 2
+    for i, x in enumerate(angles):
+        _check_angles("cos" if i < kinds else "sin", x, hidden_states)
+    for c, s in zip(angles[:kinds], angles[kinds:], strict=True):
+        if c.shape != s.shape or c.dtype != s.dtype:
             raise ValueError(
-                f"{name} has shape {tuple(table.shape)}, but must be [1 or {batch}, {tokens}, "
-                "width]"
+                f"sin has shape {tuple(s.shape)} and {s.dtype}, but must have those of cos, "
+                f"{tuple(c.shape)} and {c.dtype}"
             )
-    if cos is not None and sin is not None and (cos.shape != sin.shape or cos.dtype != sin.dtype):
+
+
+def _check_angles(name: str, table: Tensor, hidden_states: Tensor) -> None:
+    batch, tokens, _ = hidden_states.shape
+    _check.tensor(name, _check.held(name, table))
+    if table.dim() != 3 or table.shape[1] != tokens or table.shape[0] not in (1, batch):
         raise ValueError(
-            f"sin has shape {tuple(sin.shape)} and {sin.dtype}, but must have those of cos, "
-            f"{tuple(cos.shape)} and {cos.dtype}"
+            f"{name} has shape {tuple(table.shape)}, but must be [1 or {batch}, {tokens}, width]"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +21,6 @@ from lmfuse import functional
 from lmfuse.generation.slots import Slots
 
 _DTYPES = (None, torch.int8)
-
-# How large arenas were when layers last ran whole, and how many had been made; which layers, and
-# their arenas.
-_Opened: TypeAlias = "tuple[tuple[int, int], list[Layer], functional.DecoderCaches]"
 
 
 class Cached(Tensor):
@@ -391,8 +387,12 @@ class Cache(DynamicCache):
         for layer in self._once():
             layer.batch_select_indices(indices)
 
-    def together(self, indices: Sequence[int]) -> list[Layer] | None:
-        """The layers of these indices, if all can take the next tokens in one call; else None."""
+    def together(self, indices: Sequence[int], kinds: Sequence[int]) -> list[Layer] | None:
+        """The layers of these indices, if all can take the next tokens in one call; else None.
+
+        Args:
+            kinds: a number for each; layers of the same number must see the same positions.
+        """
         last = max(indices)
         if self.layer_class_to_replicate is not None:
             while len(self.layers) <= last:
@@ -400,8 +400,11 @@ class Cache(DynamicCache):
         found: list[Any] = [self.layers[i] for i in indices] if last < len(self.layers) else []
         if not found or not all(isinstance(layer, Layer) for layer in found):
             return None
-        slots, seen = found[0].slots, found[0].seen
-        alike = all(layer.slots is slots and layer.seen == seen for layer in found)
+        seen, slots = found[0].seen, {k: x.slots for k, x in zip(kinds, found, strict=True)}
+        alike = all(
+            layer.slots is slots[kind] and layer.seen == seen
+            for kind, layer in zip(kinds, found, strict=True)
+        )
         return found if alike else None
 
     def extend(
@@ -415,31 +418,30 @@ class Cache(DynamicCache):
 
         Returns:
             The arenas of the layers. Whoever wrote the new keys and values sets `seen` of each
-            layer to `slots.total`.
+            layer to the `total` of its slots.
 
         Raises:
-            ValueError: the batch is not that of the tokens before; nothing is changed.
+            ValueError: the batch is not that of the tokens before; slots may have been taken.
         """
         batch, count, _ = x.shape
-        layers[0].take_slots(batch, count)
-        slots = layers[0].slots
-        known = self._opened.get(layers[0])
-        if known is not None and known[1] == layers and self._open(layers[0]):
-            return known[2]
-        for first in [f for f in self._opened if f.slots is slots and not self._open(f)]:
-            del self._opened[first]  # before arenas grow: it holds those that were
+        opened = self._opened.get(layers[0])
+        if opened is None or opened.layers != layers:
+            opened = _Opened(layers)
+        for first in opened.firsts:
+            first.take_slots(batch, count)
+        if opened.sizes == opened.current():
+            return opened.caches
+        for key in [k for k, known in self._opened.items() if known.sizes != known.current()]:
+            del self._opened[key]  # before arenas grow: it holds those that were
         for layer in layers:
             if not layer.is_initialized:
                 states = x.new_empty((batch, kv_heads, 0, dim))
                 layer.lazy_initialization(states, states)
-            layer._fit(slots.capacity)
-        opened = functional.DecoderCaches([a for layer in layers for a in layer.arenas()])
-        self._opened[layers[0]] = (slots.capacity, slots.made), layers, opened
-        return opened
-
-    def _open(self, first: Layer) -> bool:
-        """Whether what was opened for `first` and others is what they have."""
-        return self._opened[first][0] == (first.slots.capacity, first.slots.made)
+            layer._fit(layer.slots.capacity)
+        opened.caches = functional.DecoderCaches([a for layer in layers for a in layer.arenas()])
+        opened.sizes = opened.current()
+        self._opened[layers[0]] = opened
+        return opened.caches
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_opened": {}}
@@ -474,6 +476,26 @@ class Cache(DynamicCache):
             if id(slots) not in done:
                 done.add(id(slots))
                 yield layer
+
+
+class _Opened:
+    """Layers that run whole.
+
+    Attributes:
+        firsts: one layer for each `Slots` of them.
+        sizes: of the arenas when they were opened as `caches`.
+    """
+
+    caches: functional.DecoderCaches
+
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+        self.firsts = list({layer.slots: layer for layer in layers}.values())
+        self.sizes: list[tuple[int, int]] = []
+
+    def current(self) -> list[tuple[int, int]]:
+        """How large the arenas of each `Slots` are, and how many had been made."""
+        return [(layer.slots.capacity, layer.slots.made) for layer in self.firsts]
 
 
 def _arena(like: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -2,7 +2,9 @@
 
 The list of a model's layers takes a subclass of nn.ModuleList. To the forward of the model that
 owns it, it is one layer, which runs all of them in one op; to everybody else it is the list that it
-was. The op is used while nobody can tell the difference: without hooks, gradients, tracing or
+was. Where layers are of several kinds, each given a mask or angles of its own, the forward sees as
+many of them as it takes to tell all kinds, and those before the last only write down what they are
+given. The op is used while nobody can tell the difference: without hooks, gradients, tracing or
 outputs other than the last, and with our cache. Otherwise the layers run as the modules that they
 are, and each of them still is one op where its own inside is not looked at.
 """
@@ -14,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,8 @@ from transformers.utils import output_capturing
 from lmfuse import functional
 from lmfuse.functional import PackedWeight
 from lmfuse.generation.cache import Cache, Layer
-from lmfuse.hf import attention, swap
+from lmfuse.generation.slots import Slots
+from lmfuse.hf import attention, spies, swap
 from lmfuse.hf.decoder_form import CACHE, Form, find
 from lmfuse.modules.linear import Linear
 from lmfuse.modules.parts import Parts
@@ -31,6 +34,8 @@ from lmfuse.modules.quantized_linear import QuantizedLinear
 from lmfuse.modules.siblings import SiblingLinear
 
 _RUN = "_lmfuse_run"
+_Given: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"  # to a layer, besides its input
+_Tables: TypeAlias = tuple[Tensor | None, Tensor | None]  # cos and sin
 
 # What a layer may be given besides its input: what the op takes, and what is of no consequence.
 _KNOWN = {"attention_mask", "position_embeddings", *CACHE}
@@ -56,7 +61,7 @@ class FusedDecoder(swap.Fused):
         """See the forward of the layer itself; where the op does the same, `functional.decoder`."""
         if not args and not torch.compiler.is_compiling():
             run = _run_of(self, [self])  # whose own hooks are called around this
-            result = None if run is None else run(hidden_states, kwargs)
+            result = None if run is None else run(hidden_states, [kwargs])
             if result is not None:
                 return result
         return super().forward(hidden_states, *args, **kwargs)
@@ -66,9 +71,9 @@ class FusedDecoder(swap.Fused):
 
 
 class FusedStack(swap.Fused, nn.ModuleList):
-    """The decoder layers of a model, which to its forward are one."""
+    """The decoder layers of a model, which to its forward are one, or one of each type."""
 
-    fused_module: str  # whose functions called forward see one layer
+    fused_module: str  # whose functions called forward see these
 
     def __iter__(self) -> Iterator[Any]:
         if torch.compiler.is_compiling():
@@ -78,7 +83,7 @@ class FusedStack(swap.Fused, nn.ModuleList):
             caller.f_code.co_name == "forward"
             and caller.f_globals.get("__name__") == self.fused_module
         ):
-            return iter((self._as_one,))
+            return self._few()
         return super().__iter__()
 
     def __getitem__(self, idx: Any) -> Any:
@@ -86,19 +91,49 @@ class FusedStack(swap.Fused, nn.ModuleList):
             return self  # a model asks for its layers so; a new list would be made at every step
         return super().__getitem__(idx)
 
-    def _as_one(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _few(self) -> Iterator[Callable[..., Any]]:
+        """For each layer up to the first of the last kind what is called in its place."""
         layers: list[Any] = list(self._modules.values())
-        if not args:
+        kinds, firsts = _kinds(layers)
+        given: list[_Given] = []
+
+        def noted(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            given.append((args, kwargs))
+            return hidden_states
+
+        def last(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            given.append((args, kwargs))
+            each = [given[first] for first in firsts]
+            return self._run(hidden_states, layers, kinds, each)
+
+        for _ in range(firsts[-1]):
+            yield noted
+        yield last
+
+    def _run(
+        self, hidden_states: Tensor, layers: list[Any], kinds: list[int], given: list[_Given]
+    ) -> Any:
+        """All layers, those of each kind given this."""
+        if not any(args for args, _ in given):
             run = _run_of(self, layers)
-            result = None if run is None else run(hidden_states, kwargs)
+            result = None if run is None else run(hidden_states, [kwargs for _, kwargs in given])
             if result is not None:
                 return result
-        for layer in layers:
+        for layer, kind in zip(layers, kinds, strict=True):
+            args, kwargs = given[kind]
             hidden_states = layer(hidden_states, *args, **kwargs)
         return hidden_states
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _without_run(super().__reduce__())
+
+
+def _kinds(layers: list[Any]) -> tuple[list[int], list[int]]:
+    """A number for each, and where each number comes first: layers of the same number are given the
+    same, and see the same positions."""
+    names = [(f.type, f.window) for f in (layer.fused_form for layer in layers)]
+    order = list(dict.fromkeys(names))
+    return [order.index(name) for name in names], [names.index(name) for name in order]
 
 
 def _without_run(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -146,13 +181,19 @@ def _run_of(owner: nn.Module, layers: list[Any]) -> _Run | None:
 
 
 class _Run:
-    """Some layers as one op; for each call it says whether the op may do what they do."""
+    """Some layers as one op; for each call it says whether the op may do what they do.
+
+    Attributes:
+        kind_of: the kind of each layer.
+        kinds: a form for each, that which says all that the layers of one kind have in common.
+        firsts: of each kind, the place of its first layer.
+    """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self.forms: list[Form] = [layer.fused_form for layer in layers]
-        # That which says all that the layers of one call have in common.
-        self.form = next((f for f in self.forms if f.rotary_dim), self.forms[0])
+        self.kind_of, self.firsts = _kinds(layers)
+        self.kinds = [self._common(kind) for kind in range(len(self.firsts))]
         self.attention: list[Any] = [
             layer.get_submodule(f.attention) for f, layer in zip(self.forms, layers, strict=True)
         ]
@@ -164,6 +205,10 @@ class _Run:
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self.stack = self._stack()
 
+    def _common(self, kind: int) -> Form:
+        forms = [f for f, k in zip(self.forms, self.kind_of, strict=True) if k == kind]
+        return next((f for f in forms if f.rotary_dim), forms[0])
+
     def _stack(self) -> functional.DecoderStack | None:
         """None if a linear layer is neither packed nor quantized, or parameters have several
         dtypes."""
@@ -173,7 +218,8 @@ class _Run:
             return None
         if any(w.rounded for w in self.parts.weights):
             return None
-        return functional.decoder_stack([form.described(layer) for form, layer in pairs])
+        described = [f.described(x, kind=k) for (f, x), k in zip(pairs, self.kind_of, strict=True)]
+        return functional.decoder_stack(described)
 
     def current(self, layers: list[Any]) -> bool:
         """Whether the layers, their parts and parameters are those of before."""
@@ -183,55 +229,64 @@ class _Run:
         """Whether somebody looks at what a part of the layers is given or gives."""
         return self.parts.watched(_acts)
 
-    def __call__(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """The result, or None if the modules have to say it themselves."""
+    def __call__(self, hidden_states: Tensor, given: list[dict[str, Any]]) -> Tensor | None:
+        """The result, or None if the modules have to say it themselves.
+
+        Args:
+            given: what the layers of each kind are given besides their input.
+        """
         if not _plain(hidden_states) or hidden_states.dtype is not self.dtype:
-            return None
-        form = self.form
-        mask, cache = kwargs.get("attention_mask"), kwargs.get(form.cache)
-        if any(kwargs[k] is not None and kwargs[k] is not False for k in kwargs.keys() - _KNOWN):
-            return None
-        if mask is not None and (mask.dim() != 2 or _window(mask, form) != form.window):
-            return None
-        if form.window == 1 or not isinstance(cache, Cache):
             return None
         if self.attention[0].config._attn_implementation != attention.NAME:
             return None
-        tables = _tables(form, kwargs.get("position_embeddings"))
-        if tables is None:
+        tables = [t for t in map(_accepted, self.kinds, given) if t is not None]
+        cache = given[0].get(self.kinds[0].cache)
+        same = all(kwargs.get(self.kinds[0].cache) is cache for kwargs in given)
+        if len(tables) < len(given) or not same or not isinstance(cache, Cache):
             return None
-        held = cache.together([a.layer_idx for a in self.attention])
+        held = cache.together([a.layer_idx for a in self.attention], self.kind_of)
         if held is None:
             return None
-        mask = mask if attention._hides(mask) else None
-        return self._run(hidden_states, mask, cache, held, tables)
+        masks = [kwargs.get("attention_mask") for kwargs in given]
+        masks = [mask if attention._hides(mask) else None for mask in masks]
+        return self._run(hidden_states, masks, cache, held, tables)
 
     def _run(
         self,
         hidden_states: Tensor,
-        mask: Tensor | None,
+        masks: list[Tensor | None],
         cache: Cache,
         held: list[Layer],
-        tables: tuple[Tensor | None, Tensor | None],
+        tables: list[_Tables],
     ) -> Tensor | None:
-        form, stack = self.form, self.stack
+        form, stack = self.kinds[0], self.stack
         assert stack is not None
-        slots = held[0].slots
-        before = slots.total
+        slots = [held[first].slots for first in self.firsts]
+        before, count = held[0].seen, hidden_states.shape[1]
         try:
             arenas = cache.extend(held, hidden_states, form.kv_heads, form.head_dim)
-            found = slots.padded(mask, hidden_states.shape[1])
-            if found is None:
+            found = [_padded(s, mask, count) for s, mask in zip(slots, masks, strict=True)]
+            if None in found:
                 return None  # the slots wait for the modules
-            result = functional.decoder(
-                hidden_states, stack, arenas, slots.new, found[0], found[2], *tables
-            )
+            rows = [(s.new, f[0], f[2]) for s, f in zip(slots, found, strict=True)]
+            given: Any = rows[0] if len(rows) == 1 else zip(*rows, strict=True)
+            result = functional.decoder(hidden_states, stack, arenas, *given, *_angles(tables))
         except BaseException:
-            slots.crop(before)
+            for each in slots:
+                each.crop(before)
             raise
         for layer in held:
-            layer.seen = slots.total
+            layer.seen = before + count
         return result
+
+
+def _angles(tables: list[_Tables]) -> Any:
+    """cos and sin of each kind; those that do not turn have those of another."""
+    if len(tables) == 1:
+        return tables[0]
+    turned = [t for t in tables if t[0] is not None]
+    each = [t if t[0] is not None else turned[0] for t in tables if turned]
+    return zip(*each, strict=True) if each else (None, None)
 
 
 def _runs(linear: Any) -> bool:
@@ -260,21 +315,36 @@ def _plain(x: Tensor) -> bool:
     )
 
 
+def _accepted(form: Form, given: dict[str, Any]) -> _Tables | None:
+    """cos and sin for the op; None if layers of this form are given what it does not take."""
+    if any(given[k] is not None and given[k] is not False for k in given.keys() - _KNOWN):
+        return None
+    mask = given.get("attention_mask")
+    if mask is not None and (mask.dim() != 2 or _window(mask, form) != form.window):
+        return None
+    if form.window == 1:
+        return None
+    if not form.rotary_dim:
+        return None, None
+    tables = given.get("position_embeddings")
+    if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].shape[-1] != form.rotary_dim:
+        return None
+    if form.table_step == 1:
+        return tables
+    return tables[0][..., :: form.table_step], tables[1][..., :: form.table_step]
+
+
+def _padded(slots: Slots, mask: Tensor | None, count: int) -> Any:
+    """See `Slots.padded`; the mask may say more than what is still in a window."""
+    if mask is not None and mask.shape[1] > slots.visible:
+        mask = mask[:, -slots.visible :]
+    return slots.padded(mask, count)
+
+
 def _window(mask: Tensor, form: Form) -> int | None:
     """The window of a forward with this mask."""
     window: int | None = getattr(mask, attention._WINDOW, form.window)
     return window
-
-
-def _tables(form: Form, given: Any) -> tuple[Tensor | None, Tensor | None] | None:
-    """cos and sin for the op; None if they are not as expected."""
-    if not form.rotary_dim:
-        return None, None
-    if not isinstance(given, tuple) or len(given) != 2 or given[0].shape[-1] != form.rotary_dim:
-        return None
-    if form.table_step == 1:
-        return given
-    return given[0][..., :: form.table_step], given[1][..., :: form.table_step]
 
 
 def join(model: nn.Module, done: swap.Report) -> None:
@@ -290,7 +360,7 @@ def join(model: nn.Module, done: swap.Report) -> None:
         if not forms or type(layers) is not nn.ModuleList or len(forms) != len(layers):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
-        if _one_type(parent, forms):
+        if _alike(layers, forms) and _told_by_kind(parent, layers):
             module = type(parent).__mro__
             owner = next(k for k in module if "forward" in vars(k)).__module__
             swap.put(
@@ -318,11 +388,36 @@ def _forms(model: nn.Module, name: str, layers: nn.ModuleList, done: swap.Report
     return forms
 
 
-def _one_type(parent: nn.Module, forms: list[Form]) -> bool:
-    """Whether the forward of `parent` gives all of its layers the same, and they use the same."""
-    config = getattr(parent, "config", None)
-    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+def _told_by_kind(parent: Any, layers: nn.ModuleList) -> bool:
+    """Whether the forward of `parent` gives layers of one kind the same, and does nothing between
+    layers: tried where there are several kinds."""
+    kinds, firsts = _kinds(list(layers))
+    if len(firsts) == 1:
+        return True
+    try:
+        with torch.no_grad():
+            told = spies.told(parent, layers)
+    except Exception:  # it is foreign code
         return False
-    shared = {(f.window, f.attention, f.cache, f.parallel, f.gated) for f in forms}
-    turned = {(f.rotary_dim, f.table_step) for f in forms if f.rotary_dim}
-    return len(shared) == 1 and len(turned) <= 1
+    of_kind = [told.kwargs[first] for first in firsts] if told.unbroken(len(layers)) else []
+    return bool(of_kind) and all(
+        kwargs.keys() == of_kind[kind].keys()
+        and all(kwargs[key] is of_kind[kind][key] for key in kwargs)
+        for kind, kwargs in zip(kinds, told.kwargs, strict=True)
+    )
+
+
+def _alike(layers: nn.ModuleList, forms: list[Form]) -> bool:
+    """Whether layers of these forms have the same sizes, and those of a kind the same angles."""
+    shared: set[Any] = set()
+    turned: dict[Any, set[Any]] = {}
+    for form, layer in zip(forms, layers, strict=True):
+        linears: list[Any] = form.linears(layer)
+        sizes = tuple((m.in_features, m.out_features) for m in linears)
+        heads = form.heads, form.kv_heads, form.head_dim, form.interleaved
+        shared.add((sizes, heads, form.attention, form.cache, form.parallel, form.gated))
+        if form.rotary_dim:
+            turned.setdefault((form.type, form.window), set()).add(
+                (form.rotary_dim, form.table_step)
+            )
+    return len(shared) == 1 and all(len(angles) == 1 for angles in turned.values())

@@ -78,6 +78,7 @@ class Form:
             and after the MLP.
         cache: how the layer's forward calls its cache.
         table_step: which columns of the tables of RoPE count: every, or every other.
+        type: what the config calls the layer; a model gives those of one type the same.
     """
 
     attention: str
@@ -100,6 +101,7 @@ class Form:
     table_step: int = 1
     parallel: bool = False
     residual_scale: float = 1.0
+    type: str | None = None
 
     def linears(self, layer: nn.Module) -> list[nn.Module]:
         """In the order query, key, value, output, gate, up, down, without those not there."""
@@ -111,7 +113,10 @@ class Form:
         return [None if name is None else layer.get_submodule(name) for name in self.norms]
 
     def described(
-        self, layer: nn.Module, linear: Callable[[Any], DecoderLinear] = described_linear
+        self,
+        layer: nn.Module,
+        linear: Callable[[Any], DecoderLinear] = described_linear,
+        kind: int = 0,
     ) -> DecoderLayer:
         """`layer` for the op; `linear` says what a linear layer is."""
         modules: list[Any] = self.linears(layer)
@@ -142,6 +147,7 @@ class Form:
             window=-1 if self.window is None else self.window - 1,
             parallel=self.parallel,
             residual_scale=self.residual_scale,
+            kind=kind,
         )
 
 
@@ -232,9 +238,15 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
         window=None,
         parallel=not any(around) and after is None,
         residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
+        type=_type(attn),
     )
     _check_complete(layer, found)
     return found
+
+
+def _type(attn: Any) -> str | None:
+    types = getattr(attn.config, "layer_types", None)
+    return types[attn.layer_idx] if types and attn.layer_idx < len(types) else None
 
 
 def _first(owner: nn.Module, names: Any, otherwise: str) -> tuple[str, ...]:
@@ -417,6 +429,7 @@ def _agrees(
                 lengths = torch.tensor([0, end])
                 args = (x[:, begin:end], stack, caches, slots[begin:end], slots[None], lengths)
                 pieces.append(functional.decoder(*args, *angles))
-            return torch.cat(pieces, 1)
+            return torch.cat(pieces, 1) / size
 
-        return swap.agrees(expected, op, x)
+        size = expected.abs().max()  # what is added up is as large, though some sums are small
+        return swap.agrees(expected / size, op, x)

@@ -9,12 +9,13 @@ its inputs are made of those of the step before in three operations, not in twel
 
 from __future__ import annotations
 
+import inspect
+import operator
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,26 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lmfuse.generation.cache import Cache
-from lmfuse.hf import decoder, swap
+from lmfuse.hf import decoder, spies
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm")
 # What a step is given, and what else of no consequence.
 _GIVEN = {"input_ids", "past_key_values", "position_ids", "attention_mask"}
 _KNOWN = _GIVEN | {"use_cache", "logits_to_keep", "return_dict"}
 _ROOM = 256  # columns of a mask that are made at a time
+# What models do to the embedding or to the logits, with a number of their own.
+_CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "times": operator.mul,
+    "over": operator.truediv,
+    "capped": lambda x, number: torch.tanh(x / number) * number,
+}
+# One of _CHANGES, the number, and where a model has this number.
+Change: TypeAlias = "tuple[str, float, tuple[str, ...]]"
 
 
 @dataclass(frozen=True)
 class Form:
-    """Where the parts of a model are: dotted names from the model on."""
+    """Where the parts of a model are: dotted names from the model on; and what is done between."""
 
     base: str
     embedding: str
@@ -42,6 +51,10 @@ class Form:
     layers: str
     norm: str
     head: str
+    embedded: tuple[Change, ...] = ()
+    logits: tuple[Change, ...] = ()
+    # For each kind of layer what the angles are made of besides positions.
+    angles: tuple[tuple[str, ...], ...] = ()
 
 
 class Steps(nn.Module):
@@ -103,10 +116,7 @@ class _Steps:
             self.parts, self.looked = _parts(self.model), True
         if self.parts is None:
             return None
-        hides = mask is not None and self.hides
-        if hides and self.parts.stack.form.window is not None:
-            return None  # it is for what is still in the window
-        seen = mask.bool() if mask is not None and hides else None
+        seen = mask.bool() if mask is not None and self.hides else None
         return self.parts(ids, kwargs["position_ids"], seen, kwargs["past_key_values"])
 
 
@@ -212,25 +222,35 @@ class _Parts:
         self.rotary = model.get_submodule(form.rotary)
         self.norm = model.get_submodule(form.norm)
         self.head = model.get_submodule(form.head)
+        self.embedded = [(_CHANGES[how], number) for how, number, _ in form.embedded]
+        self.logits = [(_CHANGES[how], number) for how, number, _ in form.logits]
+        self.angles = form.angles
         self.stack = stack
 
     def __call__(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor | None:
         x = self.embedding(ids)
-        angles = self.rotary(x, positions)
-        given = {
-            "attention_mask": mask,
-            "position_embeddings": angles,
-            self.stack.form.cache: cache,
-        }
+        for change, number in self.embedded:
+            x = change(x, number)
+        angles = {more: self.rotary(x, positions, *more) for more in set(self.angles)}
+        name = self.stack.kinds[0].cache
+        given = [
+            {"attention_mask": mask, "position_embeddings": angles[more], name: cache}
+            for more in self.angles
+        ]
         y = self.stack(x, given)
-        logits: Tensor | None = None if y is None else self.head(self.norm(y))
+        if y is None:
+            return None
+        logits: Tensor = self.head(self.norm(y))
+        for change, number in self.logits:
+            logits = change(logits, number)
         return logits
 
 
 def _parts(model: Any) -> _Parts | None:
-    """None if the forward of the model, or of the base within, is replaced or looked at."""
+    """None if the forward of the model, or of the base within, is replaced or looked at, or one of
+    its numbers is another."""
     form: Form | None = model.fused_step
     if form is None or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None
@@ -244,19 +264,29 @@ def _parts(model: Any) -> _Parts | None:
     layers: Any = model.get_submodule(form.layers)
     if not own or forward.__qualname__ != f"{owner.__qualname__}.forward":
         return None
+    numbers = _numbers(model, base)
+    for _, number, names in form.embedded + form.logits:
+        if any(numbers.get(name) != number for name in names):
+            return None
     run = decoder._run_of(layers, list(layers._modules.values()))
     return None if run is None else _Parts(model, form, run)
 
 
+def _numbers(model: Any, base: Any) -> dict[str, float]:
+    """The numbers of a model and its base, and those of the config, under their names."""
+    held = {**vars(base.config), **vars(base), **vars(model)}
+    return {name: x for name, x in held.items() if type(x) in (int, float) and x}
+
+
 def find(model: Any) -> Form | None:
-    """Where the parts of `model` are, if a step of it is these and nothing else."""
+    """Where the parts of `model` are, if a step of it is these and little else."""
     base = getattr(model, "base_model", None)
     form = None if base is None or base is model else _named(model, base)
     if form is None:
         return None
     try:
         with torch.no_grad():
-            return form if _does(model, form) else None
+            return _tried(model, form)
     except Exception:  # it is foreign code
         return None
 
@@ -278,59 +308,48 @@ def _named(model: Any, base: nn.Module) -> Form | None:
     return Form(*(names[part] for part in parts))
 
 
-def _does(model: Any, form: Form) -> bool:
-    """Whether the forward is the embedding, the angles, the layers, the norm and the head: tried
-    with one layer that writes down what it is given."""
-    seen: list[tuple[Tensor, dict[str, Any]]] = []
-    layers: Any = model.get_submodule(form.layers)
-    after: Tensor | None = None
+def _tried(model: Any, form: Form) -> Form | None:
+    """The form with what is done between the embedding, the angles, the layers, the norm and the
+    head; None if that is more."""
+    stack: Any = model.get_submodule(form.layers)
+    layers: list[Any] = list(stack._modules.values())
+    told = spies.told(model, stack)
+    if not told.unbroken(len(layers)):
+        return None
+    part = told.copy.get_submodule
+    angles = _angles(part(form.rotary), layers, told)
+    numbers = _numbers(model, model.get_submodule(form.base))
+    embedded = _change(part(form.embedding).forward(spies.IDS), told.inputs[0], numbers)
+    said = part(form.head).forward(part(form.norm).forward(told.made[-1]))
+    last = _change(said, told.result.logits, numbers)
+    if angles is None or embedded is None or last is None:
+        return None
+    return replace(form, embedded=embedded, logits=last, angles=angles)
 
-    def layer(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        nonlocal after
-        seen.append((hidden_states, kwargs))
-        after = swap.random(swap.generator(), *hidden_states.shape).to(hidden_states.dtype)
-        return after
 
-    spy = _bare(next(iter(layers._modules.values())))
-    vars(spy)["forward"] = layer
-    only: dict[str, nn.Module] = {form.layers: nn.ModuleList([spy])}
-    copies = _copied(model, "", form, only)
-    ids, positions = torch.tensor([[1, 0]]), torch.tensor([[3, 4]])
-    cache = Cache(model.config.get_text_config(decoder=True))
-    given = {"input_ids": ids, "position_ids": positions, "past_key_values": cache}
-    logits = copies.forward(**given, use_cache=True, return_dict=True).logits
-    (x, told), parts = seen[0], copies.get_submodule
+def _angles(rotary: Any, layers: list[Any], told: spies.Told) -> tuple[tuple[str, ...], ...] | None:
+    """What the angles of each kind of layer are made of besides positions; None if layers are told
+    more than angles."""
     known = {"attention_mask", "position_embeddings", *decoder._KNOWN}
-    if any(told[k] is not None and told[k] is not False for k in told.keys() - known):
-        return False
-    angles = parts(form.rotary).forward(x, positions)
-    return (
-        len(seen) == 1
-        and told.get("attention_mask") is None
-        and torch.equal(x, parts(form.embedding).forward(ids))
-        and all(map(torch.equal, told["position_embeddings"], angles))
-        and torch.equal(logits, parts(form.head).forward(parts(form.norm).forward(after)))
-    )
+    kinds, firsts = decoder._kinds(layers)
+    typed = "layer_type" in inspect.signature(rotary.forward).parameters
+    found = tuple((layers[first].fused_form.type,) if typed else () for first in firsts)
+    made = [rotary.forward(told.inputs[0], spies.POSITIONS, *more) for more in found]
+    for kind, kwargs in zip(kinds, told.kwargs, strict=True):
+        if any(kwargs[k] is not None and kwargs[k] is not False for k in kwargs.keys() - known):
+            return None
+        same = all(map(torch.equal, kwargs["position_embeddings"], made[kind]))
+        if kwargs.get("attention_mask") is not None or not same:
+            return None
+    return found
 
 
-def _copied(module: nn.Module, name: str, form: Form, given: dict[str, nn.Module]) -> Any:
-    """A copy without hooks of `module` and of those within that lead to the parts of the form."""
-    new = _bare(module)
-    names = set(vars(form).values())
-    for key, child in module._modules.items():
-        inner = f"{name}.{key}".lstrip(".")
-        if inner in given:
-            new._modules[key] = given[inner]
-        elif child is not None and any(n == inner or n.startswith(f"{inner}.") for n in names):
-            new._modules[key] = _copied(child, inner, form, given)
-    return new
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    none: Any = OrderedDict
-    return swap.copied(
-        module,
-        _forward_hooks=none(),
-        _forward_pre_hooks=none(),
-        _modules=dict(module._modules),
-    )
+def _change(x: Tensor, y: Tensor, numbers: dict[str, float]) -> tuple[Change, ...] | None:
+    """What makes y of x, bit for bit; None if it is unknown."""
+    if torch.equal(x, y):
+        return ()
+    for how, function in _CHANGES.items():
+        for number in set(numbers.values()):
+            if torch.equal(function(x, number), y):
+                return ((how, number, tuple(n for n in numbers if numbers[n] == number)),)
+    return None

@@ -22,12 +22,16 @@ _ACTIVATIONS: dict[str | None, Any] = {
 
 
 def decoder(
-    x: Tensor, layers: Sequence[Any], cos: Tensor | None = None, sin: Tensor | None = None
+    x: Tensor,
+    layers: Sequence[Any],
+    cos: Sequence[Tensor] | Tensor | None = None,
+    sin: Sequence[Tensor] | Tensor | None = None,
 ) -> Tensor:
     """[batch, tokens, hidden] through `layers` (see `lmfuse.functional.DecoderLayer`), without a
-    cache or padding, in the dtype of x."""
+    cache or padding, in the dtype of x; with tables for all, or for each kind."""
     for layer in layers:
-        attended = linear(attend(layer, norm(layer.attention_input, x), cos, sin), layer.output)
+        c, s = (t if t is None or isinstance(t, Tensor) else t[layer.kind] for t in (cos, sin))
+        attended = linear(attend(layer, norm(layer.attention_input, x), c, s), layer.output)
         if layer.parallel:
             x = x + attended + mlp(layer, norm(layer.mlp_input, x))
             continue
@@ -60,6 +64,7 @@ def attend(layer: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Ten
         causal=True,
         scale=layer.scale,
         softcap=layer.softcap,
+        alibi=layer.alibi,
         window=(layer.window, -1),
     )
     return out.flatten(2)

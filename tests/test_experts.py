@@ -197,10 +197,10 @@ def test_what_cannot_be_is_refused_in_words() -> None:
     q, r = quantized_rows(gate_up, 2, "int8", -1), quantized_rows(down, 1, "int8", -1)
     with pytest.raises(TypeError, match="down must come from pack_experts with parts 1"):
         functional.experts(x, index, weights, g, r)
-    with pytest.raises(ValueError, match=r"gate_up is 640 by 40, but must be a multiple of 96"):
+    with pytest.raises(ValueError, match=r"gate_up is 640 by 40, but must be 10 times 96"):
         functional.experts(x, index, weights, q, r, inner_features=72)
     fewer = quantized_rows(down[:4], 1, "int8", -1)
-    with pytest.raises(ValueError, match="gate_up has 10 matrices for 4 experts"):
+    with pytest.raises(ValueError, match="gate_up is 640 by 40, but must be 8 times 64"):
         functional.experts(x, index, weights, q, fewer, inner_features=N)
     with pytest.raises(TypeError, match=r"gate_up is torch\.float32"):
         functional.experts(x, index, weights, gate_up, r)

@@ -51,6 +51,12 @@ struct AddScaledArgs {
   float scale;
 };
 
+// y = exp(x - max x) / sum of these, row by row.
+struct SoftmaxArgs {
+  Matrix x, y;
+  int64_t n;
+};
+
 // y[r] = sum over j < count of weights[r, j] * x[from[r, j]], in that order.
 struct MixArgs {
   Matrix x, y;
@@ -410,6 +416,7 @@ struct PeakArgs {
   K(norm, NormArgs)                /* rows */                            \
   K(gated, GatedArgs)              /* rows */                            \
   K(add_scaled, AddScaledArgs)     /* rows */                            \
+  K(softmax, SoftmaxArgs)          /* rows */                            \
   K(mix, MixArgs)                  /* rows */                            \
   K(rope, RopeArgs)                /* tokens, that is b * seq_len + s */ \
   K(pack, PackArgs)                /* panels */                          \

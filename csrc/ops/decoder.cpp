@@ -28,6 +28,19 @@ void size_rows(DecoderCall& c) {
     });
 }
 
+// The mixtures of layers, one after the other, in the same place.
+void size_experts(DecoderCall& c, ExpertsCall& e) {
+  const DecoderLayer& l = c.layers[0];
+  e.tokens = c.rows();
+  e.chosen = l.chosen;
+  e.n = l.inner();
+  e.k = c.hidden;
+  e.type = c.type;
+  e.weights.resize(e.rows());
+  for (const DecoderLayer& layer : c.layers) e.size(layer.experts, e.tokens);
+  c.experts = &e;
+}
+
 void carve(Buffers& b, DecoderCall& c, int64_t threads) {
   const DecoderLayer& l = c.layers[0];
   c.normed = stage(b, c, c.hidden, false, threads);
@@ -43,7 +56,14 @@ void carve(Buffers& b, DecoderCall& c, int64_t threads) {
   c.projected = wide(l.columns);
   c.branch = wide(c.hidden);
   c.middle = wide(c.hidden);
-  if (l.gated) c.gate_up = wide(2 * l.inner());
+  if (l.mixes()) {
+    c.logits = wide(l.router.n);
+    c.index = reinterpret_cast<int64_t*>(b.take(c.experts->rows() * 8));
+    c.experts->carve(b, threads);
+    c.experts->y = c.branch;
+  } else if (l.gated) {
+    c.gate_up = wide(2 * l.inner());
+  }
   c.scratch = b.take(threads * c.scratch_step);
   int64_t entries = 0;
   for (const DecoderKind& kind : c.kinds) {
@@ -206,7 +226,8 @@ class Kinds {
 // How many threads are worth waking: each has at least 256k products.
 int64_t team_size(const DecoderCall& c) {
   const DecoderLayer& l = c.layers[0];
-  const int64_t weights = c.hidden * (l.columns + 3 * l.inner()) + l.attended() * c.hidden;
+  const int64_t inner = (l.mixes() ? l.chosen : 1) * l.inner();
+  const int64_t weights = c.hidden * (l.columns + 3 * inner) + l.attended() * c.hidden;
   const int64_t most = weights * static_cast<int64_t>(c.layers.size()) * c.rows() >> 18;
   return std::min(thread_count(), std::max<int64_t>(most, 1));
 }
@@ -244,6 +265,9 @@ Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, std::vector<
       LMFUSE_CHECK_VALUE(linear.quantized || linear.type == type,
                          "hidden_states must have the dtype of the weights");
     });
+  for (const DecoderLayer& l : known->layers())
+    LMFUSE_CHECK_VALUE(!l.mixes() || l.experts.down.quantized() || l.experts.down.type == type,
+                       "hidden_states must have the dtype of the weights of experts");
   arenas.check(known->layers(), type);
   DecoderCall c{known->layers(), arenas.layers};
   c.batch = hidden_states.size(0);
@@ -256,6 +280,8 @@ Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, std::vector<
   c.y = rows_matrix(y.mutable_data_ptr(), c.type, c.rows(), c.hidden);
   const int64_t threads = team_size(c);
   size_rows(c);
+  ExpertsCall experts{};
+  if (first.mixes()) size_experts(c, experts);
   const Buffers buffers([&](Buffers& b) { carve(b, c, threads); });
   together(threads, [&](Worker& w) { DecoderWorker(c, w).run(); });
   return y;

@@ -7,10 +7,9 @@
 #include <memory>
 #include <vector>
 
+#include "experts.h"
 #include "kept.h"
 #include "kv.h"
-#include "packed.h"
-#include "quantized.h"
 
 namespace lmfuse {
 
@@ -22,29 +21,14 @@ struct DecoderNorm {
   float eps, offset;
 };
 
-struct DecoderLinear {
-  int64_t n, k;  // n 0: there is none
-  const char* panels;
-  Vector bias;
-  DType type;  // of a packed weight
-  bool quantized;
-  Quantized weight;  // of a quantized one
-  WoqHow how;
-
-  // Gate and up as one product, whose results are not rounded in between.
-  bool joins(const DecoderLinear& up) const {
-    if (n != up.n || quantized != up.quantized) return false;
-    if (!quantized) return true;
-    const WoqFormat &a = weight.format, &b = up.weight.format;
-    return a.kind == b.kind && a.group == b.group && a.zero == b.zero &&
-           a.scale_type == b.scale_type && how.compute == up.how.compute &&
-           how.block_scales == up.how.block_scales && !weight.order && !up.weight.order;
-  }
-};
-
 struct DecoderLayer {
   DecoderNorm attention_input, query_norm, key_norm, attention_output, mlp_input, mlp_output;
   DecoderLinear query, key, value, output, gate, up, down;
+  // In place of gate, up and down: a mixture of experts, of which the router chooses some.
+  DecoderLinear router;
+  Mixture experts;
+  int64_t chosen, expert_inner;
+  bool normalized;  // the weights of those add up to 1
   int64_t heads, kv_heads, head_dim;
   // In a row of the projections: where keys and values begin, and from head to head.
   int64_t key_column, value_column, head_stride, columns;
@@ -58,12 +42,13 @@ struct DecoderLayer {
 
   int64_t hidden() const { return query.k; }
   int64_t attended() const { return heads * head_dim; }
-  int64_t inner() const { return down.k; }
+  bool mixes() const { return router.n; }
+  int64_t inner() const { return mixes() ? expert_inner : down.k; }
   bool joined() const { return up.n && activation == PostOp::silu && gate.joins(up); }
   // Those that there are.
   template <class F>
   void each_linear(const F& f) const {
-    for (const DecoderLinear* l : {&query, &key, &value, &output, &gate, &up, &down})
+    for (const DecoderLinear* l : {&query, &key, &value, &output, &gate, &up, &down, &router})
       if (l->n) f(*l);
   }
 };
@@ -88,7 +73,7 @@ class DecoderReader {
     return all;
   }
 
-  static constexpr int64_t kIntegers = 6 * 3 + 7 * 3 + 13, kNumbers = 6 * 2 + 3;
+  static constexpr int64_t kIntegers = 6 * 3 + 8 * 3 + 18, kNumbers = 6 * 2 + 3;
 
  private:
   int64_t integer(int64_t least, int64_t most, const char* name) {
@@ -160,6 +145,25 @@ class DecoderReader {
     return l;
   }
 
+  // In place of an MLP; what router says is how many experts there are.
+  void mixture(DecoderLayer& l) {
+    constexpr int64_t kMost = int64_t{1} << 31;
+    const Tensor* gate_up = parameter("gate_up of the experts");
+    const Tensor* down = parameter("down of the experts");
+    const int64_t how = integer(-1, 5, "the compute of experts");
+    l.expert_inner = integer(0, kMost, "the inner features of experts");
+    l.chosen = integer(0, std::max<int64_t>(l.router.n, 0), "chosen");
+    LMFUSE_CHECK_VALUE((gate_up != nullptr) == l.mixes() && (down != nullptr) == l.mixes() &&
+                           (l.chosen > 0) == l.mixes(),
+                       "a mixture has a router, experts and chosen ones, or nothing of these");
+    if (!l.mixes()) return;
+    const int64_t count = l.router.n, hidden = l.router.k, inner = l.expert_inner;
+    l.experts.gate_up = {*gate_up, 2 * count, inner, hidden, how, "gate_up of the experts"};
+    l.experts.down = {*down, count, hidden, inner, how, "down of the experts"};
+    LMFUSE_CHECK_VALUE(l.experts.gate_up.type == l.experts.down.type,
+                       "the experts must be of one dtype");
+  }
+
   void fits(const DecoderLinear& l, int64_t n, int64_t k, const char* name) {
     LMFUSE_CHECK_VALUE(l.n == n && l.k == k, name, " is ", l.n, " by ", l.k, ", but must be ", n,
                        " by ", k);
@@ -184,6 +188,8 @@ class DecoderReader {
     l.gate = linear("gate");
     l.up = linear("up");
     l.down = linear("down");
+    l.router = linear("router");
+    mixture(l);
     l.heads = integer(1, kMost, "heads");
     l.kv_heads = integer(1, l.heads, "kv_heads");
     l.head_dim = integer(1, kMost, "head_dim");
@@ -194,9 +200,10 @@ class DecoderReader {
     l.rotary_half = integer(0, 1, "rotary_half");
     const int64_t window = integer(-1, int64_t{1} << 62, "window");
     l.window = window < 0 ? int64_t{1} << 40 : std::min(window, int64_t{1} << 40);
-    const int64_t flags = integer(0, 3, "flags");
+    const int64_t flags = integer(0, 7, "flags");
     l.parallel = flags & 1;
     l.gated = flags & 2;
+    l.normalized = flags & 4;
     l.activation = static_cast<PostOp>(integer(0, 4, "activation"));
     l.kind = integer(0, static_cast<int64_t>(firsts_.size()), "kind");  // in order of appearance
     l.alibi = slopes(l.heads);
@@ -210,8 +217,8 @@ class DecoderReader {
     LMFUSE_CHECK_VALUE(l.heads % l.kv_heads == 0, "there are ", l.heads, " heads, which ",
                        l.kv_heads, " KV heads do not divide");
     LMFUSE_CHECK_VALUE(l.rotary_dim % 2 == 0, "rotary_dim is ", l.rotary_dim, ", but must be even");
-    LMFUSE_CHECK_VALUE(l.query.n && l.output.n && l.gate.n && l.down.n,
-                       "query, output, gate and down must be given");
+    LMFUSE_CHECK_VALUE(l.query.n && l.output.n && (l.mixes() || (l.gate.n && l.down.n)),
+                       "query, output, and gate and down or a router must be given");
     const int64_t hidden = l.hidden();
     l.columns = l.query.n + l.key.n + l.value.n;
     const int64_t span = (l.kv_heads - 1) * l.head_stride + l.head_dim;
@@ -222,14 +229,33 @@ class DecoderReader {
     for (const DecoderLinear* p : {&l.query, &l.key, &l.value})
       if (p->n) fits(*p, p->n, hidden, "a projection");
     fits(l.output, hidden, l.attended(), "output");
+    if (l.mixes()) {
+      fits(l.router, l.router.n, hidden, "router");
+      LMFUSE_CHECK_VALUE(!l.gate.n && !l.up.n && !l.down.n && !l.router.bias.data && !l.parallel,
+                         "a layer with a mixture has no other MLP, is not parallel, and its router "
+                         "has no bias");
+      l.experts.act = l.activation == PostOp::gelu_erf    ? Activation::gelu_erf
+                      : l.activation == PostOp::gelu_tanh ? Activation::gelu_tanh
+                                                          : Activation::silu;
+    } else {
+      mlp(l, hidden);
+    }
+    LMFUSE_CHECK_VALUE(!l.gated || l.activation == PostOp::silu ||
+                           l.activation == PostOp::gelu_erf || l.activation == PostOp::gelu_tanh,
+                       "the activation of a gated MLP must be silu or gelu");
+    LMFUSE_CHECK_VALUE(l.gated || !l.mixes(), "the experts of a mixture are gated");
+    norms(l, hidden);
+  }
+
+  void mlp(const DecoderLayer& l, int64_t hidden) {
     fits(l.down, hidden, l.inner(), "down");
     const int64_t inner = l.inner();
     fits(l.gate, l.gated && !l.up.n ? 2 * inner : inner, hidden, "gate");
     if (l.up.n) fits(l.up, inner, hidden, "up");
     LMFUSE_CHECK_VALUE(l.gated || !l.up.n, "up is given, but the MLP is not gated");
-    LMFUSE_CHECK_VALUE(!l.gated || l.activation == PostOp::silu ||
-                           l.activation == PostOp::gelu_erf || l.activation == PostOp::gelu_tanh,
-                       "the activation of a gated MLP must be silu or gelu");
+  }
+
+  void norms(const DecoderLayer& l, int64_t hidden) {
     for (const DecoderNorm* n :
          {&l.attention_input, &l.attention_output, &l.mlp_input, &l.mlp_output})
       fits(*n, hidden, "a norm");
@@ -254,7 +280,8 @@ class DecoderReader {
     LMFUSE_CHECK_VALUE(a.hidden() == b.hidden() && a.heads == b.heads && a.kv_heads == b.kv_heads &&
                            a.head_dim == b.head_dim && a.head_stride == b.head_stride &&
                            a.columns == b.columns && a.inner() == b.inner() && a.gated == b.gated &&
-                           a.parallel == b.parallel,
+                           a.parallel == b.parallel && a.router.n == b.router.n &&
+                           a.chosen == b.chosen,
                        "the layers of one call must have the same sizes and form");
   }
 

@@ -10,8 +10,7 @@
 #include <vector>
 
 #include "attention_plan.h"
-#include "decoder_rows.h"
-#include "team.h"
+#include "experts_steps.h"
 
 namespace lmfuse {
 
@@ -42,6 +41,9 @@ struct DecoderCall {
   Matrix x, y, middle;            // the first layer's input, the result, and what is on the way
   DecoderStage normed, attended, inner;
   Matrix projected, branch, gate_up;
+  Matrix logits;         // of routers
+  ExpertsCall* experts;  // of the layer that is at work
+  int64_t* index;        // the experts that they chose
   std::vector<DecoderKind> kinds;
   char* ready;  // rows as products want them, DecoderProducts::kMost forms at a time
   int64_t ready_each, ready_step;  // bytes of a form, and from one worker's copy to the next
@@ -94,6 +96,7 @@ class DecoderWorker {
 
   // y = middle + mlp(norm(middle)), or x + branch + mlp(norm(x)).
   void mlp(const DecoderLayer& l, const Matrix& x, const Matrix& y) {
+    if (l.mixes()) return mixture(l, y);
     const Matrix& from = l.parallel ? x : c_.middle;
     if (l.joined()) {
       DecoderProducts gate = normalize(l.mlp_input, from, {&l.gate}, true);
@@ -112,6 +115,43 @@ class DecoderWorker {
       multiply(down, y);
     } else {
       add_branch(l, down, l.mlp_output, c_.middle, y);
+    }
+  }
+
+  // The same, with a mixture of experts for the MLP.
+  void mixture(const DecoderLayer& l, const Matrix& y) {
+    multiply(normalize(l.mlp_input, c_.middle, {&l.router}), c_.logits);
+    const bool plain = l.mlp_input.kind == DecoderNorm::none;
+    const auto [begin, end] = w_.share(rows_);
+    for (int64_t r = begin; r < end; ++r) route(l, r);
+    w_.sync();
+    if (w_.index == 0) c_.experts->choose(l.experts, c_.index);
+    w_.sync();
+    ExpertsWorker(*c_.experts, w_, plain ? c_.middle : matrix(c_.normed)).run();
+    if (l.mlp_output.kind != DecoderNorm::none)
+      k_.norm(norm_args(l.mlp_output, c_.branch, c_.branch, c_.hidden), begin, end);
+    k_.add_scaled({c_.branch, c_.middle, y, c_.hidden, l.residual_scale}, begin, end);
+    w_.sync();
+  }
+
+  // The most probable experts of a row, and how much each counts.
+  void route(const DecoderLayer& l, int64_t r) {
+    const int64_t count = l.router.n;
+    std::vector<float> p(count);
+    const Matrix wide{p.data(), DType::f32, {}};
+    Matrix logits = c_.logits;
+    logits.data = static_cast<char*>(logits.data) + r * logits.rows.stride[0] * c_.element();
+    logits.rows = {};
+    k_.softmax({logits, wide, count}, 0, 1);
+    std::vector<int64_t> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    std::partial_sort(order.begin(), order.begin() + l.chosen, order.end(),
+                      [&](int64_t a, int64_t b) { return p[a] > p[b] || (p[a] == p[b] && a < b); });
+    float sum = 0.0f;
+    for (int64_t j = 0; j < l.chosen; ++j) sum += p[order[j]];
+    for (int64_t j = 0; j < l.chosen; ++j) {
+      c_.index[r * l.chosen + j] = order[j];
+      c_.experts->weights[r * l.chosen + j] = l.normalized ? p[order[j]] / sum : p[order[j]];
     }
   }
 

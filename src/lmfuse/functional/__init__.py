@@ -5,6 +5,7 @@ from lmfuse.functional.attention import attention, varlen_attention
 from lmfuse.functional.cache import new_cache, reshape_and_cache
 from lmfuse.functional.decoder import (
     DecoderCaches,
+    DecoderExperts,
     DecoderLayer,
     DecoderLinear,
     DecoderNorm,
@@ -45,6 +46,7 @@ from lmfuse.functional.woq import woq_linear, woq_linear_concat, woq_linear_gate
 
 __all__ = [
     "DecoderCaches",
+    "DecoderExperts",
     "DecoderLayer",
     "DecoderLinear",
     "DecoderNorm",

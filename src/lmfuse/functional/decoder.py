@@ -9,7 +9,7 @@ only: no backward.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _check
+from lmfuse.functional.experts import PackedExperts
 from lmfuse.functional.linear import _POSTS
 from lmfuse.functional.packed import PackedWeight
 from lmfuse.functional.woq import _how
@@ -65,6 +66,32 @@ class DecoderLinear:
 
 
 @dataclass(frozen=True, eq=False)
+class DecoderExperts:
+    """Σ_j p_j · down_e(f(z gate_e^T) · (z up_e^T)), over the experts e with the largest p; see
+    `experts`.
+
+    p are the softmax of z R^T, or of those chosen alone, if normalized.
+
+    Attributes:
+        router: R, [experts, hidden], without a bias.
+        gate_up, down: of `pack_experts`, or of `pack_quantized`, as `experts` is given them.
+        inner_features: n.
+        chosen: how many experts.
+        normalized: whether p of those chosen add up to 1.
+        compute, block_scales: of quantized weights; see `woq_linear`.
+    """
+
+    router: DecoderLinear
+    gate_up: PackedExperts | Tensor
+    down: PackedExperts | Tensor
+    inner_features: int
+    chosen: int
+    normalized: bool = True
+    compute: str = "bf16"
+    block_scales: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class DecoderLayer:
     """What one layer computes, x being its input and A causal attention:
 
@@ -82,6 +109,7 @@ class DecoderLayer:
             first all queries, then all keys, then all values; or, if interleaved, one head after
             the other, each with its query, key and value.
         output, gate, up, down: O, G, U, D. If up is None and the MLP gated, G gives both halves.
+        experts: instead of gate, up and down, which are None then.
         gated: which of the two forms the MLP has.
         activation: f: relu, gelu, gelu_tanh, silu or (not gated) None.
         attention_input, attention_output, mlp_input, mlp_output: n1, n2, n3, n4.
@@ -105,9 +133,9 @@ class DecoderLayer:
     key: DecoderLinear | None
     value: DecoderLinear | None
     output: DecoderLinear
-    gate: DecoderLinear
+    gate: DecoderLinear | None
     up: DecoderLinear | None
-    down: DecoderLinear
+    down: DecoderLinear | None
     scale: float
     gated: bool = True
     activation: str | None = "silu"
@@ -126,6 +154,12 @@ class DecoderLayer:
     residual_scale: float = 1.0
     kind: int = 0
     alibi: Tensor | None = None
+    experts: DecoderExperts | None = None
+
+    @property
+    def router(self) -> DecoderLinear | None:
+        """That of the experts."""
+        return None if self.experts is None else self.experts.router
 
     def linears(self) -> list[DecoderLinear]:
         """Those that there are."""
@@ -232,12 +266,14 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
                 f"the weight of {name} is neither packed nor quantized; see pack_linear and "
                 "pack_quantized"
             )
+    integers += _experts(layer.experts, place)
     if layer.activation not in _POSTS or _POSTS[layer.activation] > 4:
         raise ValueError(
             f"activation is {layer.activation!r}, but must be relu, gelu, gelu_tanh, silu or None"
         )
     key, value, step = _columns(layer)
-    flags = layer.parallel + 2 * layer.gated
+    normalized = layer.experts is not None and layer.experts.normalized
+    flags = layer.parallel + 2 * layer.gated + 4 * normalized
     integers += (layer.heads, layer.kv_heads, layer.head_dim, key, value, step)
     integers += (layer.rotary_dim, int(layer.rotary_half), layer.window, flags)
     integers += (_POSTS[layer.activation], layer.kind, place(layer.alibi))
@@ -251,8 +287,23 @@ def _norms(layer: DecoderLayer) -> Iterator[DecoderNorm | None]:
 
 
 def _linears(layer: DecoderLayer) -> Iterator[tuple[str, DecoderLinear | None]]:
-    for name in ("query", "key", "value", "output", "gate", "up", "down"):
+    for name in ("query", "key", "value", "output", "gate", "up", "down", "router"):
         yield name, getattr(layer, name)
+
+
+def _experts(experts: DecoderExperts | None, place: Callable[[Tensor], int]) -> list[int]:
+    if experts is None:
+        return [-1, -1, -1, 0, 0]
+    weights: list[Any] = [experts.gate_up, experts.down]
+    packed = [isinstance(w, PackedExperts) for w in weights]
+    if all(packed):
+        how, given = -1, [w.packed.view(-1) for w in weights]
+    elif not any(packed):
+        compute, block_scales = _how(experts.compute, experts.block_scales)
+        how, given = 2 * compute + block_scales, weights
+    else:
+        raise TypeError("gate_up and down of experts must both be packed, or both quantized")
+    return [*map(place, given), how, experts.inner_features, experts.chosen]
 
 
 def _columns(layer: DecoderLayer) -> tuple[int, int, int]:

@@ -71,7 +71,9 @@ def attend(layer: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Ten
 
 
 def mlp(layer: Any, x: Tensor) -> Tensor:
-    """down(f(gate(x)) up(x)), or down(f(gate(x)))"""
+    """down(f(gate(x)) up(x)), or down(f(gate(x))), or some experts that compute the former."""
+    if layer.experts is not None:
+        return mixture(layer, x)
     inner = linear(x, layer.gate)
     if layer.gated:
         gate, up = (inner, linear(x, layer.up)) if layer.up is not None else inner.chunk(2, -1)
@@ -79,6 +81,19 @@ def mlp(layer: Any, x: Tensor) -> Tensor:
     else:
         inner = _ACTIVATIONS[layer.activation](inner)
     return linear(inner, layer.down)
+
+
+def mixture(layer: Any, x: Tensor) -> Tensor:
+    """Each token through those experts that the router makes the most probable."""
+    mixed = layer.experts
+    p, index = linear(x, mixed.router).softmax(-1).topk(mixed.chosen)
+    if mixed.normalized:
+        p = p / p.sum(-1, keepdim=True)
+    gate_up, down = (w.unpack().to(x) for w in (mixed.gate_up, mixed.down))
+    gate, up = torch.einsum("btk,enk->bten", x, gate_up).chunk(2, -1)
+    each = torch.einsum("bten,ekn->btek", _ACTIVATIONS[layer.activation](gate) * up, down)
+    rows = each.gather(2, index.unsqueeze(-1).expand(*index.shape, each.shape[-1]))
+    return (rows * p.unsqueeze(-1)).sum(2)
 
 
 def rotated(x: Tensor, layer: Any, cos: Tensor, sin: Tensor) -> Tensor:

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from lmfuse import functional
-from lmfuse.functional import PackedWeight
+from lmfuse.functional import PackedExperts, PackedWeight
 from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.slots import Slots
 from lmfuse.hf import attention, spies, swap
 from lmfuse.hf.decoder_form import CACHE, Form, find
+from lmfuse.modules import QuantizedExperts, QuantizedLinear
+from lmfuse.modules.experts import PARTS, Experts
 from lmfuse.modules.linear import Linear
 from lmfuse.modules.parts import Parts
-from lmfuse.modules.quantized_linear import QuantizedLinear
 from lmfuse.modules.siblings import SiblingLinear
 
 _RUN = "_lmfuse_run"
@@ -200,7 +201,9 @@ class _Run:
         modules = [m for layer in layers for m in layer.modules()]
         if len(layers) == 1:
             modules.remove(layers[0])
-        self.parts = Parts(modules, layers)
+        pairs = zip(self.forms, layers, strict=True)
+        routers = [x.get_submodule(f.router).weight for f, x in pairs if f.router is not None]
+        self.parts = Parts(modules, layers, routers)
         dtypes = {p.dtype for layer in layers for p in layer.parameters()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self.stack = self._stack()
@@ -210,11 +213,12 @@ class _Run:
         return next((f for f in forms if f.rotary_dim), forms[0])
 
     def _stack(self) -> functional.DecoderStack | None:
-        """None if a linear layer is neither packed nor quantized, or parameters have several
-        dtypes."""
+        """None if a linear layer, or experts, are neither packed nor quantized, or parameters have
+        several dtypes."""
         pairs = list(zip(self.forms, self.layers, strict=True))
         linears: list[Any] = [m for form, layer in pairs for m in form.linears(layer)]
-        if self.dtype is None or not all(map(_runs, linears)):
+        mixed = [x.get_submodule(form.experts) for form, x in pairs if form.experts is not None]
+        if self.dtype is None or not all(map(_runs, linears)) or not all(map(_mixes, mixed)):
             return None
         if any(w.rounded for w in self.parts.weights):
             return None
@@ -294,6 +298,14 @@ def _runs(linear: Any) -> bool:
     if isinstance(linear, QuantizedLinear):
         return type(linear).forward in (QuantizedLinear.forward, SiblingLinear.forward)
     return type(linear) in (Linear, SiblingLinear) and type(linear.weight) is PackedWeight
+
+
+def _mixes(module: Any) -> bool:
+    """Whether the op can run these experts."""
+    if type(module) is QuantizedExperts:
+        return True
+    packed = isinstance(module, Experts)
+    return packed and all(type(getattr(module, name)) is PackedExperts for name in PARTS)
 
 
 def _acts(hooks: dict[int, Callable[..., Any]]) -> bool:

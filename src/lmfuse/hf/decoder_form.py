@@ -18,10 +18,10 @@ import transformers
 from torch import Tensor, nn
 
 from lmfuse import functional
-from lmfuse.functional import DecoderLayer, DecoderLinear, DecoderNorm
+from lmfuse.functional import DecoderExperts, DecoderLayer, DecoderLinear, DecoderNorm
 from lmfuse.hf import attention, norm, rope, swap
+from lmfuse.modules import QuantizedExperts, QuantizedLinear, experts
 from lmfuse.modules.decoder import described_linear
-from lmfuse.modules.quantized_linear import QuantizedLinear
 
 # Under this name the attention interface knows a function that writes down what it is asked for.
 _PROBE = "lmfuse_probe"
@@ -39,6 +39,7 @@ _MLP = (
     ("dense_h_to_4h", "dense_4h_to_h"),
 )
 _ACT = ("act_fn", "activation_fn", "act")
+_ROUTERS, _EXPERTS = ("gate", "router"), "experts"
 _BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm")
 _AFTER_ATTENTION = ("post_attention_layernorm", "final_layer_norm")
 _AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -79,6 +80,7 @@ class Form:
         cache: how the layer's forward calls its cache.
         table_step: which columns of the tables of RoPE count: every, or every other.
         type: what the config calls the layer; a model gives those of one type the same.
+        router, experts: names of the parts of a mixture, in place of mlp.
     """
 
     attention: str
@@ -102,6 +104,10 @@ class Form:
     parallel: bool = False
     residual_scale: float = 1.0
     type: str | None = None
+    router: str | None = None
+    experts: str | None = None
+    chosen: int = 0
+    normalized: bool = True
 
     def linears(self, layer: nn.Module) -> list[nn.Module]:
         """In the order query, key, value, output, gate, up, down, without those not there."""
@@ -133,9 +139,9 @@ class Form:
             key,
             value,
             output,
-            mlp[0],
+            mlp[0] if mlp else None,
             mlp[1] if len(mlp) == 3 else None,
-            mlp[-1],
+            mlp[-1] if mlp else None,
             self.scale,
             self.gated,
             self.activation,
@@ -148,7 +154,22 @@ class Form:
             parallel=self.parallel,
             residual_scale=self.residual_scale,
             kind=kind,
+            experts=self.mixture(layer),
         )
+
+    def mixture(self, layer: nn.Module) -> DecoderExperts | None:
+        """That of `layer`, whose experts are packed or quantized."""
+        if self.router is None or self.experts is None:
+            return None
+        module: Any = layer.get_submodule(self.experts)
+        router: Any = layer.get_submodule(self.router)
+        weight = DecoderLinear(functional.pack_linear(router.weight))
+        if isinstance(module, QuantizedExperts):
+            given = module.gate_up, module.down, module.inner_features
+            how = module.compute, module.block_scales
+            return DecoderExperts(weight, *given, self.chosen, self.normalized, *how)
+        given = module.gate_up_proj, module.down_proj, module.gate_up_proj.out_features
+        return DecoderExperts(weight, *given, self.chosen, self.normalized)
 
 
 def described_norm(module: nn.Module) -> DecoderNorm:
@@ -209,7 +230,8 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
     output = _first(attn, [(n,) for n in _OUTPUT], "no output projection of a known name")
     inner = "mlp." if "mlp" in layer._modules else ""
     owner = layer.get_submodule("mlp") if inner else layer
-    mlp = _first(owner, _MLP, "no MLP of a known form")
+    mixed = _mixture(owner)
+    mlp = _first(owner, _MLP, "no MLP of a known form") if mixed is None else ()
     around = [n if _is_norm(layer, n) else None for n in _AROUND_MLP]
     after = next((n for n in _AFTER_ATTENTION if _is_norm(layer, n)), None)
     before = next((n for n in _BEFORE_ATTENTION if _is_norm(layer, n)), None)
@@ -231,8 +253,8 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
         heads=0,
         kv_heads=0,
         head_dim=0,
-        activation=_activation(act),
-        gated=len(mlp) == 3 or mlp[0] == "gate_up_proj",
+        activation=_activation(act) if mixed is None else mixed[1],
+        gated=len(mlp) != 2 or mlp[0] == "gate_up_proj",
         scale=0.0,
         softcap=0.0,
         window=None,
@@ -240,8 +262,32 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
         residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
         type=_type(attn),
     )
+    if mixed is not None:
+        router, _, chosen = mixed
+        found = replace(found, router=inner + router, experts=inner + _EXPERTS, chosen=chosen)
     _check_complete(layer, found)
     return found
+
+
+def _mixture(owner: nn.Module) -> tuple[str, str, int] | None:
+    """The router, the activation and how many experts are chosen, where `owner` is a mixture."""
+    module: Any = owner._modules.get(_EXPERTS)
+    name = next((n for n in _ROUTERS if owner._modules.get(n) is not None), None)
+    if module is None or name is None:
+        return None
+    router: Any = owner._modules[name]
+    chosen = getattr(router, "top_k", None)
+    if router._parameters.keys() != {"weight"} or router._buffers or router._modules:
+        return None
+    if isinstance(module, QuantizedExperts):
+        act: str | None = module.act
+    elif isinstance(module, experts.Experts):
+        act = module.experts_act
+    else:
+        act = experts.find(module)[0].get("")
+    if act is None or type(chosen) is not int or router.weight.dim() != 2:
+        return None
+    return name, act, chosen
 
 
 def _type(attn: Any) -> str | None:
@@ -283,6 +329,7 @@ def _check_complete(layer: nn.Module, form: Form) -> None:
         weight = getattr(module, "weight", None)
         if weight is None or weight.dim() != 1:
             raise _UnknownError("it has a norm without a weight, or with one for each head")
+    parts += [layer.get_submodule(n) for n in (form.router, form.experts) if n is not None]
     known = {id(t) for m in parts for t in (*m.parameters(), *m.buffers())}
     if any(id(t) not in known for t in (*layer.parameters(), *layer.buffers())):
         raise _UnknownError("it has parameters besides those of its projections, norms and MLP")
@@ -307,12 +354,15 @@ def _small(layer: nn.Module, form: Form) -> nn.Module:
         else:
             halves = 2 if form.mlp[0].endswith("gate_up_proj") else 1
             sizes[id(linear)] = halves * _INNER, _HIDDEN
+    instead = _small_mixture(random, layer, form)
     norms = form.norm_modules(layer)
     norm_ids, over_heads = {id(m) for m in norms}, {id(m) for m in norms[1:3]}
 
     def copied(module: nn.Module) -> nn.Module:
         if id(module) in sizes:
             return _random_linear(random, module, *sizes[id(module)])
+        if id(module) in instead:
+            return instead[id(module)]
         new = swap.copied(module, _modules={})
         if isinstance(new, swap.Fused) and id(module) not in norm_ids:
             new.__class__ = type(new).fused_stock  # type: ignore[assignment]
@@ -333,6 +383,37 @@ def _small(layer: nn.Module, form: Form) -> nn.Module:
         return new
 
     return copied(layer)
+
+
+class _Experts(nn.Module):
+    """Few features; what the experts compute was tried before."""
+
+    def __init__(self, random: torch.Generator, count: int, act: str) -> None:
+        super().__init__()
+        gate_up = swap.random(random, count, 2 * _INNER, _HIDDEN)
+        down = swap.random(random, count, _HIDDEN, _INNER)
+        self.gate_up_proj = nn.Parameter(functional.pack_experts(gate_up, 2), requires_grad=False)
+        self.down_proj = nn.Parameter(functional.pack_experts(down), requires_grad=False)
+        self.act = act
+
+    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        given: Any = self.gate_up_proj, self.down_proj
+        return functional.experts(x, index, weights, *given, self.act)
+
+
+def _small_mixture(random: torch.Generator, layer: nn.Module, form: Form) -> dict[int, nn.Module]:
+    """What stands in a small copy for the router and the experts."""
+    if form.router is None or form.experts is None:
+        return {}
+    router: Any = layer.get_submodule(form.router)
+    count, hidden = router.weight.shape
+    sizes = {k: _HIDDEN for k, v in vars(router).items() if type(v) is int and v == hidden}
+    weight = nn.Parameter(swap.random(random, count, _HIDDEN))
+    small = swap.copied(router, _parameters={"weight": weight}, **sizes)
+    replaced = {id(router): small}
+    module = layer.get_submodule(form.experts)
+    replaced[id(module)] = _Experts(random, count, str(form.activation))
+    return replaced
 
 
 def _random_linear(
@@ -393,13 +474,15 @@ def _candidates(
             one = len(form.projections) == 1 and form.heads == form.kv_heads
             for interleaved in (True, False) if one else (False,):
                 for turned in dict.fromkeys((form.rotary_dim, 0)):  # some leave out RoPE here
-                    yield replace(
-                        form,
-                        scale=scale,
-                        parallel=parallel,
-                        interleaved=interleaved,
-                        rotary_dim=turned,
-                    )
+                    for normalized in (True, False) if form.experts else (True,):
+                        yield replace(
+                            form,
+                            scale=scale,
+                            parallel=parallel,
+                            interleaved=interleaved,
+                            rotary_dim=turned,
+                            normalized=normalized,
+                        )
 
 
 def _packed(linear: nn.Linear) -> DecoderLinear:

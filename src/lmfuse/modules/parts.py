@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from lmfuse.functional import PackedWeight
+from lmfuse.modules.quantized_experts import QuantizedExperts
 from lmfuse.modules.quantized_linear import QuantizedLinear
 
 Hooks = dict[int, Callable[..., Any]]
@@ -25,9 +26,15 @@ class Parts:
     Args:
         modules: whose hooks, parameters, children and forwards count.
         owners: whose children count besides.
+        copied: parameters of which the op has copies, so that what is written into them counts.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], owners: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        owners: Iterable[nn.Module] = (),
+        copied: Iterable[Tensor] = (),
+    ) -> None:
         each = list(modules)
         self.namespaces = [vars(m) for m in each]
         self.hooks: list[Hooks] = [
@@ -40,8 +47,10 @@ class Parts:
         self.parameters = list(map(operator.getitem, self.holders, self.names))
         self.weights: list[Any] = [p for p in self.parameters if isinstance(p, PackedWeight)]
         self.packed = [w.packed for w in self.weights]
-        self.quantized = [m for m in each if isinstance(m, QuantizedLinear)]
+        self.quantized = [m for m in each if isinstance(m, (QuantizedLinear, QuantizedExperts))]
         self.bytes = list(map(_bytes, self.quantized))
+        self.copied = list(copied)
+        self.versions = list(map(_version, self.copied))
 
     def current(self) -> bool:
         """Whether children and parameters are those of before."""
@@ -51,6 +60,7 @@ class Parts:
             and all(map(same, map(dict.get, self.holders, self.names), self.parameters))
             and all(map(same, map(_packed, self.weights), self.packed))
             and all(map(_equal, map(_bytes, self.quantized), self.bytes))
+            and list(map(_version, self.copied)) == self.versions
         )
 
     def watched(self, acts: Callable[[Hooks], bool] = bool) -> bool:
@@ -69,12 +79,17 @@ class Parts:
 _packed = operator.attrgetter("packed")
 
 
-def _bytes(linear: QuantizedLinear) -> tuple[Tensor, int, str, bool]:
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def _bytes(layer: QuantizedLinear | QuantizedExperts) -> tuple[Any, ...]:
     """What an op read of a quantized layer: whose bytes, as of when, and how it computes."""
-    weight = linear.weight
-    version = 0 if weight.is_inference() else weight._version
-    return weight, version, linear.compute, linear.block_scales
+    one = isinstance(layer, QuantizedLinear)
+    first, last = (layer.weight, layer.weight) if one else (layer.gate_up, layer.down)
+    versions = _version(first), _version(last)
+    return first, last, versions, layer.compute, layer.block_scales
 
 
 def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return a[0] is b[0] and a[1:] == b[1:]
+    return a[0] is b[0] and a[1] is b[1] and a[2:] == b[2:]

@@ -73,7 +73,14 @@ def _run(name: str, choice: Choice) -> tuple[Limits, list[ModelResult], list[str
     stderr = Console(stderr=True)
     cases = choice.cases()
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task(f"{name}: loading", total=len(cases) + 1)
+        task = progress.add_task("", total=len(cases) + 1)
+
+        def say(what: str, steps: int = 1) -> None:
+            progress.update(task, advance=steps, description=f"{name}: {what}")
+            if not stderr.is_terminal:  # a case takes minutes
+                stderr.print(f"{name}: {what}", highlight=False)
+
+        say("loading", 0)
         dtype = getattr(torch, choice.dtype.value)
         try:
             with quiet():
@@ -82,7 +89,7 @@ def _run(name: str, choice: Choice) -> tuple[Limits, list[ModelResult], list[str
             typer.echo(str(error), err=True)
             raise typer.Exit(1) from None
         for case in cases:
-            progress.update(task, advance=1, description=f"{name}: {case}")
+            say(str(case))
             results += runner.run(case)
     notes = [_computes(w, runner.models[f"lmfuse {w}"]) for w in choice.woq]
     return runner.limits, results, notes

@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import lmfuse
 from helpers import BF16, F16
 from lmfuse import WeightOnlyConfig
 from lmfuse.functional import dequantize
-from lmfuse.modules import QuantizedLinear
+from lmfuse.modules import QuantizedExperts, QuantizedLinear
 from lmfuse.quantization import gguf_tensors, pack_awq, pack_gguf, pack_gptq, quantization
 from test_quantization import IDS, logits, tiny
 from test_quantization_ipex import words
@@ -218,14 +219,14 @@ def test_published_tensors_that_do_not_fit() -> None:
         pack_awq(awq, torch.ones(2, 5))
 
 
-def save_published(folder: Path, method: str, act_order: bool = False) -> Any:
-    """A whole checkpoint of quantized linear layers; returns a stock model of the same values."""
-    model = tiny(tie=False).to(F16)
+def save_published(folder: Path, method: str, act_order: bool = False, model: Any = None) -> Any:
+    """A whole checkpoint of quantized linear layers, and experts as if they were such; returns a
+    stock model of the same values."""
+    model = (tiny(tie=False) if model is None else model).to(F16)
     tensors: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
-            continue
-        n, k = module.weight.shape
+    exact: dict[str, torch.Tensor] = {}
+    for name, weight in linear_weights(model):
+        n, k = weight.shape
         parts, values = published(n, k, act_order=act_order)
         if method == "awq":
             codes = (values.T / parts["scales"].float().repeat_interleave(32, 0)).round().long()
@@ -236,10 +237,10 @@ def save_published(folder: Path, method: str, act_order: bool = False) -> Any:
                 "qweight": words(codes, _AWQ), "qzeros": words(zeros, _AWQ),
                 "scales": parts["scales"],
             }  # fmt: skip
-        module.weight = torch.nn.Parameter(values)
+        exact[name] = values
         tensors |= {f"{name}.{key}": part for key, part in parts.items()}
     for key, value in model.state_dict().items():
-        if key.removesuffix(".weight") + ".qweight" not in tensors:
+        if f"{key.removesuffix('.weight')}.qweight" not in tensors and ".experts." not in key:
             tensors[key] = value
     model.config.save_pretrained(folder)
     said = json.loads((folder / "config.json").read_text())
@@ -247,10 +248,28 @@ def save_published(folder: Path, method: str, act_order: bool = False) -> Any:
         "quant_method": method, "bits": 4, "group_size": 32, "desc_act": act_order, "sym": False,
         "version": "gemm", "zero_point": True,
     }  # fmt: skip
-    said["architectures"], said["dtype"] = ["LlamaForCausalLM"], "float16"
+    said["architectures"], said["dtype"] = [type(model).__name__], "float16"
     (folder / "config.json").write_text(json.dumps(said))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return model.float()
+    model = model.float()
+    with torch.no_grad():
+        for name, weight in linear_weights(model):
+            weight.copy_(exact[name])
+    return model
+
+
+def linear_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views of them, experts as they are published: one by one."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            yield name, module.weight
+        elif name.endswith(".experts"):
+            for e, (both, down) in enumerate(
+                zip(module.gate_up_proj, module.down_proj, strict=True)
+            ):
+                gate, up = both.chunk(2)
+                yield from ((f"{name}.{e}.gate_proj", gate), (f"{name}.{e}.up_proj", up))
+                yield f"{name}.{e}.down_proj", down
 
 
 @pytest.mark.parametrize(("method", "act_order"), [("gptq", False), ("gptq", True), ("awq", False)])
@@ -265,6 +284,34 @@ def test_published_checkpoints(method: str, act_order: bool, tmp_path: Path) -> 
     assert lmfuse.from_pretrained(tmp_path).dtype is F16
     got.save_pretrained(tmp_path / "ours")
     assert torch.equal(logits(Auto.from_pretrained(tmp_path / "ours")), logits(got))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_published_experts(method: str, tmp_path: Path) -> None:
+    model = qwen3_moe()
+    stock = save_published(tmp_path, method, model=model)
+    got = lmfuse.from_pretrained(tmp_path, compute="fp32", dtype=torch.float32)
+    assert isinstance(got.model.layers[0].mlp.experts, QuantizedExperts)
+    assert torch.allclose(logits(got), logits(stock), rtol=1e-4, atol=1e-4)
+    got.save_pretrained(tmp_path / "again")
+    again = Auto.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(logits(again), logits(got))
+
+
+def test_published_experts_with_an_order_of_columns(tmp_path: Path) -> None:
+    save_published(tmp_path, "gptq", True, qwen3_moe())
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: .* \(desc_act\)"):
+        lmfuse.from_pretrained(tmp_path)
+
+
+def qwen3_moe() -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        "qwen3_moe", vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=64, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return Auto.from_config(config).eval()
 
 
 def test_published_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lmfuse.functional import expert_rows, unpack_quantized
 from lmfuse.hf import quantizer as _registered  # noqa: F401
 from lmfuse.quantization.config import WeightOnlyConfig
 from lmfuse.quantization.published import pack_awq, pack_gptq
@@ -179,20 +182,66 @@ def _present(name: str, part: Callable[[str], Tensor | None]) -> Tensor:
 
 
 _PARTS = ("qweight", "scales", "qzeros", "g_idx")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)")
+_STACKED = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
 
 def _published(tensors: Mapping[str, Any], read: Reader) -> tuple[dict[str, Any], list[str]]:
-    """The state dict with a `weight` for each `qweight`, and the names of those layers."""
+    """The state dict with a `weight` for each `qweight`, and the names of those layers; of experts,
+    which are published one by one, with what `QuantizedExperts` holds, and their names."""
     layers = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
+    mine = set(layers)
+    single = set(layers)
     state: dict[str, Any] = {}
+    mixtures = _mixtures(layers)
+    for owner, count in mixtures.items():
+        for name, parts in _STACKED.items():
+            each = [f"{owner}.{e}.{part}" for e in range(count) for part in parts]
+            makes = [_repacked(layer, tensors, read) for layer in each]
+            state[f"{owner}.{name}"] = Lazy(partial(_stacked, owner, makes))
+            single -= set(each)
+    layers = [name for name in layers if name in single]
     for name in layers:
         state[f"{name}.weight"] = Lazy(_repacked(name, tensors, read))
-    mine = set(layers)
+    layers += mixtures
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
         if part not in _PARTS or name not in mine:
             state[key] = tensor
     return state, layers
+
+
+def _mixtures(layers: Iterable[str]) -> dict[str, int]:
+    """Which of the layers are experts, none of them missing: owner -> how many."""
+    found: dict[str, set[tuple[int, str]]] = {}
+    for match in filter(None, map(_EXPERT.fullmatch, layers)):
+        found.setdefault(match[1], set()).add((int(match[2]), match[3]))
+    parts = [part for each in _STACKED.values() for part in each]
+    counts = {owner: len(some) // len(parts) for owner, some in found.items()}
+    return {
+        owner: count
+        for owner, count in counts.items()
+        if found[owner] == {(e, part) for e in range(count) for part in parts}
+    }
+
+
+def _stacked(owner: str, makes: list[Callable[[], Tensor]]) -> Tensor:
+    """The bytes of some layers alike, one below the other, each from a new panel on."""
+    each = [unpack_quantized(make()) for make in makes]
+    if any(q.g_idx is not None for q in each):
+        raise ValueError(
+            f"{owner}: the columns of its experts are in an order of their own (desc_act), in "
+            "which lmfuse keeps no experts"
+        )
+
+    def joined(name: str) -> Tensor | None:
+        some = [getattr(q, name) for q in each]
+        if some[0] is None:
+            return None
+        return expert_rows(torch.stack(some))
+
+    tensors: Any = {name: joined(name) for name in ("codes", "scales", "zeros", "offsets")}
+    return dataclasses.replace(each[0], **tensors).pack()
 
 
 def _repacked(name: str, tensors: Mapping[str, Any], read: Reader) -> Callable[[], Tensor]:

@@ -397,8 +397,7 @@ class _Experts(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        given: Any = self.gate_up_proj, self.down_proj
-        return functional.experts(x, index, weights, *given, self.act)
+        return functional.experts(x, index, weights, self.gate_up_proj, self.down_proj, self.act)
 
 
 def _small_mixture(random: torch.Generator, layer: nn.Module, form: Form) -> dict[int, nn.Module]:

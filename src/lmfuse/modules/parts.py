@@ -85,8 +85,10 @@ def _version(weight: Tensor) -> int:
 
 def _bytes(layer: QuantizedLinear | QuantizedExperts) -> tuple[Any, ...]:
     """What an op read of a quantized layer: whose bytes, as of when, and how it computes."""
-    one = isinstance(layer, QuantizedLinear)
-    first, last = (layer.weight, layer.weight) if one else (layer.gate_up, layer.down)
+    if isinstance(layer, QuantizedLinear):
+        first, last = layer.weight, layer.weight
+    else:
+        first, last = layer.gate_up, layer.down
     versions = _version(first), _version(last)
     return first, last, versions, layer.compute, layer.block_scales
 

@@ -398,3 +398,38 @@ def test_bad_layouts() -> None:
     with pytest.raises(ValueError, match="activation is 'mish'"):
         decoder_stack([make(F32, activation="mish")])
     refused(ValueError, "decoder has no backward", hidden_states=x.clone().requires_grad_())
+
+
+def test_mixtures_that_cannot_be() -> None:
+    good = make(F32, experts=4)
+    mixed: Any = good.experts
+
+    def refused(match: str, error: type[Exception] = ValueError, **changed: Any) -> None:
+        with pytest.raises(error, match=match):
+            decoder_stack([replace(good, experts=replace(mixed, **changed))])
+
+    refused("chosen, but it must be from 0 to 4|chosen is 5", chosen=5)
+    refused("a router, experts and chosen ones", chosen=0)
+    refused("gate_up of the experts has no features", inner_features=0)
+    refused("gate_up of the experts holds a weight 72 by 40", inner_features=8)
+    refused("which are not 6 weights", router=linear(3, HIDDEN, F32))
+    refused("down of the experts has 30848 bytes", down=mixed.gate_up)
+    refused("its router has no bias", router=linear(4, HIDDEN, F32, bias=True))
+    quantized = functional.expert_rows(mixed.down.unpack())
+    codes, scales = quantized.sign().to(torch.int8), torch.ones(len(quantized))
+    packed = functional.pack_quantized("int8", codes, scales)
+    refused("both be packed, or both quantized", TypeError, down=packed)
+    with pytest.raises(ValueError, match="has no other MLP"):
+        decoder_stack([replace(good, down=linear(HIDDEN, INNER, F32))])
+    with pytest.raises(ValueError, match="silu or gelu"):
+        decoder_stack([replace(good, activation="relu")])
+    with pytest.raises(ValueError, match="are gated"):
+        decoder_stack([replace(good, gated=False)])
+    with pytest.raises(ValueError, match="must be given"):
+        decoder_stack([replace(good, experts=None)])
+    with pytest.raises(ValueError, match="same sizes and form"):
+        decoder_stack([good, make(F32)])
+    run = Run([good], torch.randn(1, 3, HIDDEN))
+    run.x = run.x.bfloat16()
+    with pytest.raises((ValueError, TypeError), match="dtype"):
+        run.pieces(3)

@@ -14,7 +14,7 @@ class ExpertMatrices {
   ExpertMatrices(const Tensor& t, int64_t count, int64_t n, int64_t k, int64_t how,
                  const char* name)
       : count(count), n_(n), k_(k), name_(name) {
-    LMFUSE_CHECK(n > 0 && k > 0 && how >= -1 && how < 6, "there are no such experts");
+    LMFUSE_CHECK_VALUE(n > 0 && k > 0 && how >= -1 && how < 6, name, " has no features");
     LMFUSE_CHECK_VALUE(count > 0, name, " has no experts");
     if (how < 0) {
       LMFUSE_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Byte && t.is_contiguous(), name,

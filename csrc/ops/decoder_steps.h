@@ -5,7 +5,9 @@
 // own: so a row has the same bits whether it is decoded alone or is part of a prompt.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
 #include <vector>
 

@@ -2,8 +2,8 @@
 // packed or quantized weights.
 #pragma once
 
-#include <cmath>
-#include <numeric>
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "buffers.h"

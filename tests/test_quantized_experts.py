@@ -220,3 +220,18 @@ def _int8(weight: Tensor, parts: int) -> Tensor:
     scales = (rows.abs().amax(1) / 127).clamp(min=1e-6)
     codes = (rows / scales[:, None]).round().to(torch.int8)
     return functional.pack_quantized("int8", codes, scales)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_traces_and_graphs_choose_anew() -> None:
+    gate_up, down = torch.randn(3, 2 * 40, 33) / 6, torch.randn(3, 33, 40) / 6
+    module = QuantizedExperts(_int8(gate_up, 2), _int8(down, 1))
+    x, index, weights = torch.randn(4, 33), torch.tensor([[0, 2]] * 4), torch.rand(4, 2)
+    traced = torch.jit.trace(module, (x, index, weights))
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(module, (x, index, weights)).module()
+    for other in (index, index.flip(1), torch.ones_like(index)):
+        expected = module(x, other, weights)
+        for run in (traced, compiled, exported):
+            assert torch.equal(run(x, other, weights), expected)

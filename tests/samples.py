@@ -30,6 +30,11 @@ def _packed() -> Tensor:
     return F.pack_linear(torch.randn(45, 36)).packed
 
 
+def _quantized_rows(experts: int, n: int, k: int, parts: int = 1) -> Tensor:
+    rows = F.expert_rows(torch.randn(experts, n, k), parts)
+    return F.pack_quantized("int8", rows.sign().to(torch.int8), torch.ones(len(rows)))
+
+
 def _quantized(zeros: bool = False, order: bool = False) -> Tensor:
     return F.pack_quantized(
         "int4",
@@ -202,13 +207,23 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
             _x()[0],
             torch.tensor([[0, 2], [2, 1], [1, 0], [0, 2], [2, 0]]),
             torch.rand(5, 2),
-            F.pack_experts(torch.randn(3, 2 * 20, 36), 2).packed,
-            F.pack_experts(torch.randn(3, 36, 20)).packed,
+            *weights,
             20,
             36,
+            how,
             act,
         )
-        for act in ("silu", "gelu")
+        for act in (0, 1)
+        for how, weights in (
+            (
+                -1,
+                [
+                    F.pack_experts(torch.randn(3, 2 * 20, 36), 2).packed,
+                    F.pack_experts(torch.randn(3, 36, 20)).packed,
+                ],
+            ),
+            (2, [_quantized_rows(3, 40, 36, 2), _quantized_rows(3, 36, 20)]),
+        )
     ],
     "woq_pack": lambda: [
         (

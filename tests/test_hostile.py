@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -180,6 +183,15 @@ def _experts() -> Arguments:
     }  # fmt: skip
 
 
+def _quantized_experts() -> Arguments:
+    def int8(weight: Tensor, parts: int) -> Tensor:
+        rows = F.expert_rows(weight, parts)
+        return F.pack_quantized("int8", rows.sign().to(torch.int8), torch.ones(len(rows)))
+
+    gate_up, down = int8(torch.randn(4, 40, 40), 2), int8(torch.randn(4, 40, 20), 1)
+    return {**_experts(), "gate_up": gate_up, "down": down, "inner_features": 20}
+
+
 def _decoder_layer(**options: Any) -> F.DecoderLayer:
     norm = F.DecoderNorm(torch.rand(32))
     q, kv, inner = (F.DecoderLinear(F.pack_linear(torch.randn(n, 32))) for n in (64, 32, 40))
@@ -210,6 +222,17 @@ def _decoder_kinds() -> Arguments:
     return one | caches | both | {"stack": F.decoder_stack(layers)}
 
 
+def _decoder_experts() -> Arguments:
+    router = F.DecoderLinear(F.pack_linear(torch.randn(4, 32)))
+    gate_up, down = (
+        F.pack_experts(torch.randn(4, 80, 32), 2),
+        F.pack_experts(torch.randn(4, 32, 40)),
+    )
+    mixture = F.DecoderExperts(router, gate_up, down, 40, 2)
+    layer = replace(_decoder_layer(), gate=None, up=None, down=None, experts=mixture)
+    return _decoder() | {"stack": F.decoder_stack([layer])}
+
+
 def _decoder_int8() -> Arguments:
     scales = tuple(torch.zeros(2, 12) for _ in range(2))
     return _decoder() | {"caches": (*(_bytes(2, 12, 16) for _ in range(2)), *scales)}
@@ -222,8 +245,8 @@ def _described(parameters: tuple[Tensor, ...], layout: Tensor, numbers: Tensor) 
         return F.decoder(**_decoder() | {"stack": stack})
 
 
-def _stack() -> Arguments:
-    stack: F.DecoderStack = _decoder()["stack"]
+def _stack(make: Callable[[], Arguments] = _decoder) -> Arguments:
+    stack: F.DecoderStack = make()["stack"]
     return {
         "parameters": tuple(stack.parameters), "layout": stack.layout, "numbers": stack.numbers
     }  # fmt: skip
@@ -283,9 +306,12 @@ CALLS: dict[str, Call] = {
         lambda: {"weight": F.pack_linear(torch.randn(20, 40)), "rows": torch.tensor([1, 5])},
     ),
     "experts": (F.experts, _experts),
+    "quantized experts": (F.experts, _quantized_experts),
+    "rows of experts": (F.expert_rows, lambda: {"weight": torch.randn(4, 20, 40), "parts": 2}),
     "decoder": (F.decoder, _decoder),
     "decoder int8": (F.decoder, _decoder_int8),
     "decoder kinds": (F.decoder, _decoder_kinds),
+    "decoder experts": (F.decoder, _decoder_experts),
     "rms norm": (F.rms_norm, lambda: _norm("hidden_states", "weight", eps=1e-6)),
     "layer norm": (F.layer_norm, lambda: _norm("hidden_states", "weight", "bias")),
     "add rms norm": (F.add_rms_norm, lambda: _norm("residual", "x", "weight", add_back=True)),
@@ -315,8 +341,21 @@ def test_tensors_where_autograd_looks_on(call: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_layers_of_a_decoder() -> None:
     """Of whose parameters the op says which they are of the layer."""
-    parts = ("norm", "query", "key", "value", "output", "gate", "up", "down", "alibi")
-    check_tensors((_described, _stack), HOSTILE, parts)
+    parts = (
+        "norm",
+        "query",
+        "key",
+        "value",
+        "output",
+        "gate",
+        "up",
+        "down",
+        "alibi",
+        "router",
+        "experts",
+    )
+    for make in (_decoder, _decoder_experts):
+        check_tensors((_described, partial(_stack, make)), HOSTILE, parts)
 
 
 @pytest.mark.parametrize("call", CALLS)

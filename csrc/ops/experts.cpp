@@ -11,6 +11,9 @@ Tensor experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor do
                int64_t k, int64_t how, int64_t act) {
   LMFUSE_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) == k, "x must be a CPU tensor [tokens, ", k,
                "]");
+  constexpr int64_t kMost = int64_t{1} << 31;
+  LMFUSE_CHECK_VALUE(n > 0 && n <= kMost && k > 0 && k <= kMost, "the experts are ", n, " by ", k,
+                     ", but must have features, and at most 2^31");
   LMFUSE_CHECK(index.dim() == 2 && same_sizes(index, weights) && index.size(0) == x.size(0),
                "index and weights must be [tokens, chosen]");
   LMFUSE_CHECK(act >= 0 && act <= static_cast<int64_t>(Activation::gelu_tanh),

@@ -17,8 +17,8 @@ class ExpertMatrices {
     LMFUSE_CHECK_VALUE(n > 0 && k > 0 && how >= -1 && how < 6, name, " has no features");
     LMFUSE_CHECK_VALUE(count > 0, name, " has no experts");
     if (how < 0) {
-      LMFUSE_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Byte && t.is_contiguous(), name,
-                   " must be packed weights: a contiguous CPU tensor of bytes");
+      LMFUSE_CHECK_VALUE(t.is_cpu() && t.scalar_type() == ScalarType::Byte && t.is_contiguous(),
+                         name, " must be packed weights: a contiguous CPU tensor of bytes");
       LMFUSE_CHECK_VALUE(t.numel() % count == 0, name, " has ", t.numel(), " bytes, which are not ",
                          count, " weights");
       each_ = t.numel() / count;

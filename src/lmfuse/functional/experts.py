@@ -128,11 +128,13 @@ def expert_rows(weight: Tensor, parts: int = 1) -> Tensor:
         [experts · parts · 32 ⌈n / 32⌉, k]: each begins a panel, after rows of zeros.
 
     Raises:
-        ValueError: another shape.
+        TypeError, ValueError: not a dense tensor of that shape.
     """
-    if weight.dim() != 3 or parts < 1 or weight.shape[1] % parts:
+    _check.held("weight", weight)
+    if weight.dim() != 3 or not weight.numel() or parts < 1 or weight.shape[1] % parts:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, but must be [experts, {parts} n, k]"
+            f"weight has shape {tuple(weight.shape)}, but must be [experts, {parts} n, k], and not "
+            "empty"
         )
     matrices = weight.reshape(weight.shape[0] * parts, -1, weight.shape[2])
     short = -matrices.shape[1] % _PANEL
@@ -176,7 +178,7 @@ def experts(
     dtype = x.dtype
     if act not in ACTIVATIONS:
         raise ValueError(f"act is {act!r}, but must be one of {', '.join(ACTIVATIONS)}")
-    if index.dtype not in (torch.int32, torch.int64):
+    if getattr(index, "dtype", None) not in (torch.int32, torch.int64):
         _check.integers("index", index, _check.INTEGERS)
         index = index.long()
     packed = isinstance(gate_up, PackedWeight) or isinstance(down, PackedWeight)

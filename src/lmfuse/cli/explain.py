@@ -30,6 +30,7 @@ _OPS = {
     "decoder": "decoder",
     "stack": "decoder",
     "table": "torch",
+    "experts": "experts",
 }
 
 

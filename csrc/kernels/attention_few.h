@@ -162,8 +162,8 @@ constexpr int64_t kFewRows = 16;
 
 // Rows of queries, zeros up to kFewRows, word by word: to[words][kFewRows].
 template <class Input>
-inline void place_queries(const Input* rows, int64_t width, Input* to) {
-  const int64_t words = width * sizeof(Input) / 4;
+inline void place_queries(const Input* rows, int64_t row, Input* to) {
+  const int64_t words = row * sizeof(Input) / 4;
   const auto* from = reinterpret_cast<const float*>(rows);
   auto* words_to = reinterpret_cast<float*>(to);
   for (int64_t r0 = 0; r0 < kFewRows; r0 += kLanes)

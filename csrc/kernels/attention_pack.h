@@ -10,6 +10,21 @@
 namespace lmfuse::LMFUSE_ISA {
 namespace {
 
+// A 16-bit integer as 256 high + low, both bytes signed. In a row the four high ones of four
+// integers precede their low ones.
+struct split_t {
+  int8_t bytes[2];
+};
+// What keys and values are packed to.
+template <class Input>
+struct PackedFor {
+  using Type = Input;
+};
+template <>
+struct PackedFor<split_t> {
+  using Type = i8_t;
+};
+
 LMFUSE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // The rows of the keys, or the values, at count positions of one head; scale is theirs (i8 only).
@@ -105,6 +120,11 @@ LMFUSE_INLINE void widen_row(KvType type, const char* row, int64_t n, int64_t pa
     map(to + i, n - i, [&](int64_t j, auto l) { return load(from + i + j, l); });
   });
   for (int64_t i = n; i < padded; ++i) to[i] = To{};
+}
+
+LMFUSE_INLINE void widen_row(KvType, const char* row, int64_t n, int64_t padded, i8_t* to) {
+  __builtin_memcpy(to, row, static_cast<uint64_t>(n));
+  for (int64_t i = n; i < padded; ++i) to[i] = i8_t{};
 }
 
 // True if a row can be read as it lies, in whole vectors.

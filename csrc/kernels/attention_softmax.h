@@ -2,7 +2,7 @@
 // max).
 #pragma once
 
-#include "attention_pack.h"
+#include "attention_ints.h"
 #include "math.h"
 
 namespace lmfuse::LMFUSE_ISA {
@@ -111,7 +111,7 @@ LMFUSE_INLINE bool is_plain(const AttentionArgs& a) {
 
 // Everything but the exponential, for calls that ask for more than a scale and a range.
 inline void bias_scores(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
-                        int64_t visible, const Scores& scores) {
+                        int64_t visible, float scale, const Scores& scores) {
   alignas(64) float mask[kKeyChunk] = {}, distance[kKeyChunk];
   const bool masked = mask_row(a, row, head, begin, visible, mask);
   const float slope = a.alibi ? a.alibi[row.seq * a.alibi_stride + head] : 0.0f;
@@ -119,7 +119,7 @@ inline void bias_scores(const AttentionArgs& a, const RowInfo& row, int64_t head
     for (int64_t i = 0; i < kKeyChunk; ++i)
       distance[i] = static_cast<float>(begin + i - row.position);
   for (int64_t i = 0; i < scores.count; i += kLanes) {
-    Vec s = load(scores[i]) * broadcast(a.scale);
+    Vec s = load(scores[i]) * broadcast(scale);
     if (a.softcap != 0.0f) s = broadcast(a.softcap) * tanh(s * broadcast(1.0f / a.softcap));
     if (a.alibi) s = s - broadcast(slope) * abs(load(distance + i));
     if (masked) s = s + load(mask + i);
@@ -154,7 +154,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 // Of one row: its largest score, in units of log 2, and the sum of 2^(score - largest).
 struct RowSums {
-  float largest, sum;
+  float largest, sum, unit;
 };
 
 // weights[i] = 2^(score - largest) (times the scale of the value, i8 only) and their sum. head is
@@ -162,20 +162,22 @@ struct RowSums {
 // change nothing.
 template <class Input>
 RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
-                    const ChunkRows& values, const Scores& scores, Input* weights) {
+                    float unit, const ChunkRows& values, const Scores& scores, Input* weights,
+                    int64_t weights_row) {
   // Within the chunk, also where the window of the row begins behind it.
   const auto within = [&](int64_t i) { return i < 0 ? 0 : i < scores.count ? i : scores.count; };
   const int64_t from = within(row.begin - begin), end = within(row.end - begin);
   const int64_t to = end < from ? from : end;
-  float scale = a.scale;
+  float scale = a.scale * unit;
   if (!is_plain(a)) {
-    bias_scores(a, row, head, begin, to, scores);
+    bias_scores(a, row, head, begin, to, scale, scores);
     scale = 1.0f;
   }
   scale *= kLog2E;
   scores.hide(0, from);
   scores.hide(to, scores.count);
 
+  constexpr bool kSplit = __is_same(Input, split_t);
   // NaN stays in sight: the second operand is returned where either is NaN.
   constexpr int64_t kStep = 2 * kLanes;
   Vec top0 = broadcast(kNever), top1 = top0;
@@ -190,12 +192,17 @@ RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, in
   Vec sum0 = broadcast(0.0f), sum1 = sum0;
   const auto weigh = [&](auto finish) LMFUSE_LAMBDA {
     for (int64_t i = 0; i < scores.count; i += kStep) {
-      const float* at = scores[i];
+      float* at = scores[i];
       const Vec e0 = exp2<Input>(fma(load(at), factor, minus));
       const Vec e1 = exp2<Input>(fma(load(at + kLanes), factor, minus));
       sum0 = sum0 + e0;
       sum1 = sum1 + e1;
-      store_low(weights + i, finish(e0, i), finish(e1, i + kLanes));
+      const Vec w0 = finish(e0, i), w1 = finish(e1, i + kLanes);
+      if constexpr (kSplit) {
+        store_low(at, w0, w1);
+      } else {
+        store_low(weights + i, w0, w1);
+      }
     }
   };
   if (a.value.scale) {
@@ -203,7 +210,12 @@ RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, in
   } else {
     weigh([](Vec e, int64_t) LMFUSE_LAMBDA { return e; });
   }
-  return {largest, sum(sum0 + sum1)};
+  float weight_unit = 1.0f;
+  if constexpr (kSplit)
+    weight_unit = split_row(
+        scores.count, [&](int64_t i) LMFUSE_LAMBDA { return load(scores[i]); }, weights,
+        weights_row);
+  return {largest, sum(sum0 + sum1), weight_unit};
 }
 
 }  // namespace

@@ -84,18 +84,17 @@ template <class Tile>
 class Attend {
  public:
   using Input = typename Tile::Input;
-  using Packed = typename PackedFor<Input>::Type;
+  using Packed = typename PackedAs<Input>::Type;
 
   Attend(const AttentionArgs& a, char* scratch)
       : a_(a),
         width_(key_width<Input>(a.dim)),
-        query_row_(kSplit ? width_ + 32 : width_),
+        query_row_(query_row<Input>(width_)),
         value_width_(round_up(a.value_dim, kPanel)),
         together_(heads_together(a)) {
     Scratch s(scratch);
     queries_ = s.take<Input>(kAttentionRows * query_row_);
     placed_ = s.take<Input>(together_ * kFewRows * query_row_);
-    units_ = s.take<float>(kAttentionRows);
     keys_ = s.take<Packed>(kKeyChunk * width_);
     values_ = s.take<Packed>(kKeyChunk * value_width_);
     stage_ = s.take<Packed>(kPanel * (width_ > value_width_ ? width_ : value_width_));
@@ -140,7 +139,7 @@ class Attend {
         RowInfo& row = rows_[h * count + r];
         row = row_info(a_, u, r);
         row.head += h * group;
-        units_[h * count + r] = load_query(row, queries_ + r * query_row_);
+        load_query(row, queries_ + r * query_row_);
       }
       if (count > kFewRows) continue;
       for (int64_t i = count * query_row_; i < kFewRows * query_row_; ++i) queries_[i] = Input{};
@@ -171,7 +170,6 @@ class Attend {
   }
 
  private:
-  static constexpr bool kSplit = __is_same(Input, split_t);
   // Rows that share one pass over the packed chunk: some tiles, so that it is worth reading.
   static constexpr int64_t kBlock =
       Tile::kRows >= 24 ? Tile::kRows : 24 / Tile::kRows * Tile::kRows;
@@ -180,24 +178,22 @@ class Attend {
   int64_t key_bytes() const { return a_.dim * kv_bytes(a_.key.type); }
   int64_t value_bytes() const { return a_.value_dim * kv_bytes(a_.value.type); }
 
-  float load_query(const RowInfo& row, Input* to) {
+  void load_query(const RowInfo& row, Input* to) {
     const int64_t at = a_.sequences[row.seq].query + row.query * a_.q_stride_s +
                        (first_head_ + row.head) * a_.q_stride_h;
-    float unit = 1.0f;
     with_type(a_.dtype, [&](auto t) {
       const auto* from = static_cast<const decltype(t)*>(a_.query) + at;
-      const auto numbers = [&](auto* row) {
+      const auto widen = [&](auto* row) {
         map(row, a_.dim, [&](int64_t i, auto l) { return load(from + i, l); });
         for (int64_t i = a_.dim; i < width_; ++i) row[i] = {};
       };
-      if constexpr (kSplit) {
-        numbers(scores_);
-        unit = split_row(width_, [&](int64_t i) { return load(scores_ + i); }, to, query_row_);
+      if constexpr (__is_same(Input, split_t)) {
+        widen(scores_);
+        split_row(width_, scores_, to, query_row_);
       } else {
-        numbers(to);
+        widen(to);
       }
     });
-    return unit;
   }
 
   // The last position that one of the rows sees, at most limit.
@@ -296,14 +292,12 @@ class Attend {
   }
 
   // The weights of row r of the unit.
-  float weigh(int64_t begin, int64_t r, const Scores& scores, Input* weights, Softmax to) {
+  void weigh(int64_t begin, int64_t r, const Scores& scores, Input* weights, Softmax to) {
     const RowInfo& row = rows_[r];
-    const RowSums sums =
-        softmax_row(a_, row, first_head_ + row.head, begin, units_[r], now_->values, scores,
-                    weights, kWeightsRow);
+    const RowSums sums = softmax_row(a_, row, first_head_ + row.head, begin, now_->values, scores,
+                                     Weights<Input>(weights, kWeightsRow));
     *to.largest = sums.largest;
     *to.sum = sums.sum;
-    return sums.unit;
   }
 
   FewPart few_part(const ChunkRows& rows, int64_t heads, const KvSource& from, int64_t dim) const {
@@ -316,23 +310,21 @@ class Attend {
   // All rows of some heads of the unit, which are few, over the chunk as it lies.
   void few(int64_t begin, int64_t count, int64_t heads) {
     constexpr int64_t kMost = kMostTogether * kFewRows;
-    alignas(64) float largest[kMost], sum[kMost], old_part[kMost], new_part[kMost], unit[kMost];
+    alignas(64) float largest[kMost], sum[kMost], old_part[kMost], new_part[kMost];
     const FewPart keys = few_part(now_->keys, heads, a_.key, a_.dim);
     const FewPart values = few_part(now_->values, heads, a_.value, a_.value_dim);
     const int64_t rows = heads * count, padded = round_up(now_->keys.count, kPanel);
     typename FewRows<Tile>::Ahead ahead(keys, values, next_->keys);
-    FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, keys, width_, placed_, count, stage_,
-                          turned_, scores_, ahead);
+    FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, keys, width_, placed_, count,
+                          stage_, turned_, scores_, ahead);
     for (int64_t h = 0, r = 0; h < heads; ++h)
       for (int64_t i = 0; i < count; ++i, ++r) {
         float* scores = scores_ + h * kFewRows * kKeyChunk + i * kPanel;
-        unit[r] = weigh(begin, r, {scores, kFewRows * kPanel, padded}, weights_ + r * kWeightsRow,
-                        {largest + r, sum + r});
+        weigh(begin, r, {scores, kFewRows * kPanel, padded}, weights_ + r * kWeightsRow,
+              {largest + r, sum + r});
         ahead.of_weights(rows);
       }
     join(running_, {largest, sum}, rows, old_part, new_part);
-    if constexpr (kSplit)
-      for (int64_t r = 0; r < rows; ++r) new_part[r] *= unit[r];
     FewRows<Tile>::values(a_.value.type, values, value_width_, weights_, kWeightsRow, count, stage_,
                           values_, products_, ahead);
     for (int64_t h = 0, r = 0; h < heads; ++h)
@@ -351,21 +343,17 @@ class Attend {
     const int64_t panel_rows = kBlock * kPanel;  // of scores
     const Place place(count);
     Tile tile(place.height);
-    multiply(tile, place, queries_ + first * query_row_, query_row_, keys_, kPanel * width_, panels, width_,
-             scores_, panel_rows);
+    multiply(tile, place, queries_ + first * query_row_, query_row_, keys_, kPanel * width_, panels,
+             width_, scores_, panel_rows);
 
     alignas(64) float largest[kBlock], sum[kBlock], old_part[kBlock], new_part[kBlock];
-    float unit[kBlock];
     for (int64_t r = 0; r < count; ++r) {
       const Scores scores{scores_ + place.at(r, tile.rows()) * kPanel, panel_rows, keys};
       if (a_.key.scale) scores.multiply(now_->keys.scale);
-      unit[r] =
-          weigh(begin, first + r, scores, weights_ + r * kWeightsRow, {largest + r, sum + r});
+      weigh(begin, first + r, scores, weights_ + r * kWeightsRow, {largest + r, sum + r});
     }
     join({running_.largest + first, running_.sum + first}, {largest, sum}, count, old_part,
          new_part);
-    if constexpr (kSplit)
-      for (int64_t r = 0; r < count; ++r) new_part[r] *= unit[r];
 
     for (int64_t d = 0; d < value_width_; d += kPanel) {
       multiply(tile, place, weights_, kWeightsRow, values_ + d * kKeyChunk, 0, 1, keys, products_,
@@ -401,7 +389,7 @@ class Attend {
   int64_t scratch_, first_head_ = 0;
   Input *queries_, *placed_, *weights_;
   Packed *keys_, *values_, *stage_, *turned_;
-  float *units_, *scores_, *products_, *sums_;
+  float *scores_, *products_, *sums_;
   Softmax running_;
   RowInfo* rows_;
   Found *now_, *next_;
@@ -415,13 +403,14 @@ using PairTile = DotTile;
 using PairTile = FmaTile<float>;  // bf16 widens to it exactly
 #endif
 
-// Products of bf16 where the queries are bf16 and the cache is exact in it, else of fp32.
+// Products of bf16 where the queries are bf16 and the cache is exact in it, else of fp32. Of
+// integers where the cache is int8 and bytes have a product.
 template <class F>
 void with_tile(const AttentionArgs& a, F f) {
   const auto exact = [](KvType type) { return type != KvType::f32 && type != KvType::f16; };
 #if defined(LMFUSE_INTS)
-  if (a.dtype == DType::bf16 && a.key.type == KvType::i8 && a.value.type == KvType::i8 &&
-      a.dim <= kMostInts)
+  const auto ints = [](const KvSource& from) { return from.type == KvType::i8 && from.scale; };
+  if (a.dtype == DType::bf16 && ints(a.key) && ints(a.value) && a.dim <= kMostInts)
     return f.template operator()<IntTile>();
 #endif
   if (a.dtype == DType::bf16 && exact(a.key.type) && exact(a.value.type)) {

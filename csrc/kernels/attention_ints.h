@@ -1,69 +1,92 @@
-// The products of attention over int8 keys and values where VPDPBUSD multiplies bytes: queries and
-// weights as integers of 16 bits, with a unit for each row, in two products of bytes. Sums of
-// integers are exact, so a row's bits are the same whichever of these kernels adds them; int32
-// holds 32639 * 128 * 256 (dimensions, or keys of a chunk). Declared micro-kernel: this file may
-// name instructions.
+// Attention over int8 keys and values in integers, where VPDPBUSD multiplies bytes: queries and
+// weights become integers of 16 bits, with a unit for each row (of weights: for each chunk), in two
+// products of bytes. Nothing is widened, and half as many words turn rows to lanes as of bf16. Sums
+// of integers are exact, so that a row's bits are those of any of these kernels. Declared
+// micro-kernel: this file may name instructions.
+//
+// A weight is off by at most 2^-16 of the largest one of its chunk, a query by as much of its
+// largest element; weights of bf16 are off by 2^-9 of themselves.
 #pragma once
 
 #include "attention_few.h"
 
-namespace lmfuse::LMFUSE_ISA {
-namespace {
-
 #if defined(__AVX512VNNI__) && !defined(LMFUSE_TILES)
 #define LMFUSE_INTS 1
 
-constexpr int64_t kMostInts = 512;  // products in a sum that int32 holds
+namespace lmfuse::LMFUSE_ISA {
+namespace {
 
-// Numbers as integers q of at most kLargest: x = unit q. VPDPBUSD takes one unsigned factor, keys
-// and values plus 128: what that adds to a sum, 128 times that of q, is in the last word of a row.
+// Products in a sum that int32 holds: 32639 * 128 * 512 < 2^31. kKeyChunk is less.
+constexpr int64_t kMostInts = 512;
+
+// The larger magnitudes, NaN being the largest: as integers.
+LMFUSE_INLINE Vec larger(Vec most, Vec x) {
+  return bit_cast<Vec>(_mm512_max_epi32(bit_cast<__m512i>(most), bit_cast<__m512i>(abs(x))));
+}
+
+LMFUSE_INLINE __m512i word_at(const void* p) {
+  int bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return _mm512_set1_epi32(bits);
+}
+
+// A row x = unit q of integers q, |q| <= 32639. Its last two words are the unit, such that not all
+// of x is finite if that is not, and what corrects a sum of its products with bytes plus 128: the
+// sum of q times -128.
+constexpr int64_t kUnitAt = -4, kCorrectionAt = -2;
+
+// n numbers, a multiple of 32, of magnitudes up to one of `most`.
 template <class F>
-LMFUSE_INLINE float split_row(int64_t n, F number, split_t* to, int64_t row) {
-  constexpr float kLargest = 127 * 256 + 127;
-  Vec top = broadcast(0.0f), odd = top;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec x = number(i);
-    top = max(top, abs(x));
-    odd = fma(x, broadcast(0.0f), odd);  // NaN where x is not finite
+LMFUSE_INLINE void split_row(int64_t n, Vec most, F number, split_t* to, int64_t row) {
+  constexpr float kLargest = 127 * 256 + 127, kLeast = 0x1p-110f;  // has a finite inverse
+  const float top = bit_cast<float>(_mm512_reduce_max_epi32(bit_cast<__m512i>(most)));
+  const float size = top < kLeast ? kLeast : top, unit = size / kLargest;
+  const Vec inverse = broadcast(kLargest / size), half = broadcast(128.0f);
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
+  const __m512i fours = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m512i low = _mm512_set1_epi64(static_cast<int64_t>(0x8080808000000000));
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    // q + 128: its higher byte is that of q, its lower one has the other sign bit.
+    const __m512i a = _mm512_cvtps_epi32(fma(number(i), inverse, half).v);
+    const __m512i b = _mm512_cvtps_epi32(fma(number(i + kLanes), inverse, half).v);
+    sum = _mm512_add_epi32(sum, _mm512_add_epi32(a, b));
+    const __m512i bytes = _mm512_shuffle_epi8(_mm512_packs_epi32(a, b), order);
+    _mm512_storeu_si512(to + i, _mm512_xor_si512(_mm512_permutexvar_epi64(fours, bytes), low));
   }
-  const float most = max(top), size = most > 0x1p-110f ? most : 0x1p-110f;
-  const Vec inverse = broadcast(kLargest / size);
-  const __m256i order = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
-  const __m256i low = _mm256_set1_epi64x(static_cast<int64_t>(0x8080808000000000));
-  __m512i total = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const __m512i q = _mm512_cvtps_epi32((number(i) * inverse).v);
-    total = _mm512_add_epi32(total, q);
-    const __m256i raised = _mm512_cvtepi32_epi16(_mm512_add_epi32(q, _mm512_set1_epi32(128)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
-                        _mm256_xor_si256(_mm256_shuffle_epi8(raised, order), low));
-  }
-  const int raised = _mm512_reduce_add_epi32(_mm512_slli_epi32(total, 7));
-  __builtin_memcpy(to + row - 2, &raised, sizeof(raised));
-  return size / kLargest + sum(odd);
+  const int correction = -128 * (_mm512_reduce_add_epi32(sum) - static_cast<int>(128 * n));
+  __builtin_memcpy(to + row + kUnitAt, &unit, sizeof(unit));
+  __builtin_memcpy(to + row + kCorrectionAt, &correction, sizeof(correction));
+}
+inline void split_row(int64_t n, const float* x, split_t* to, int64_t row) {
+  Vec most = broadcast(0.0f);
+  for (int64_t i = 0; i < n; i += kLanes) most = larger(most, load(x + i));
+  split_row(n, most, [&](int64_t i) LMFUSE_LAMBDA { return load(x + i); }, to, row);
 }
 
 // sum += b x, four products in each word. As assembler: see woq_int8.h.
 LMFUSE_INLINE void dot_bytes(__m512i& sum, __m512i b, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(x));
 }
-LMFUSE_INLINE void dot_bytes(__m512i& sum, __m512i b, const float& x) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(x));
+LMFUSE_INLINE void dot_bytes(__m512i& sum, __m512i b, const float& word) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(word));
 }
+// Bytes plus 128, as the factor that is unsigned.
 LMFUSE_INLINE __m512i raise(__m512i bytes) {
   return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
 }
-LMFUSE_INLINE __m512i word_at(const void* p) {
-  int bits;
-  __builtin_memcpy(&bits, p, sizeof(bits));
-  return _mm512_set1_epi32(bits);
-}
-LMFUSE_INLINE __m512i join_bytes(__m512i high, __m512i low) {
-  return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+// The sum of both products, and `more`.
+LMFUSE_INLINE __m512i join_bytes(__m512i high, __m512i low, __m512i more) {
+  return _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), more);
 }
 
-// 32 bytes of each of four rows, raised, and in turn.
+// The numbers that integers of a row stand for.
+LMFUSE_INLINE Vec numbers(__m512i q, const void* unit) {
+  return Vec{_mm512_cvtepi32_ps(q)} * bit_cast<Vec>(word_at(unit));
+}
+
+// 32 bytes of each of four rows in turn, raised.
 struct ZipBytes {
   __m512i order[2];
 
@@ -93,14 +116,14 @@ inline void pack_keys(KvType type, const ChunkRows& rows, int64_t panel, int64_t
   const bool direct = dim == width && rows.count - first >= kPanel;
   const char* from[kPanel];
   for (int64_t r = 0; r < kPanel; ++r) {
-    from[r] = reinterpret_cast<const char*>(stage + r * width);
-    if (direct) {
-      from[r] = rows.row[first + r];
-    } else if (first + r < rows.count) {
-      ahead.rows(r, 1);
-      widen_row(type, rows.row[first + r], dim, width, stage + r * width);
+    i8_t* mine = stage + r * width;
+    from[r] = direct ? rows.row[first + r] : reinterpret_cast<const char*>(mine);
+    if (direct) continue;
+    ahead.rows(r, 1);
+    if (first + r < rows.count) {
+      widen_row(type, rows.row[first + r], dim, width, mine);
     } else {
-      for (int64_t i = 0; i < width; ++i) stage[r * width + i] = i8_t{};
+      for (int64_t i = 0; i < width; ++i) mine[i] = i8_t{};
     }
   }
   for (int64_t r = 0; r < kPanel; r += kLanes)
@@ -108,13 +131,14 @@ inline void pack_keys(KvType type, const ChunkRows& rows, int64_t panel, int64_t
       if (direct && i % 64 == 0) ahead.lines(r, kLanes, i);
       Vec v[kTurned];
       load_turned(from + r, i, v);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int64_t j = 0; j < kTurned; ++j)
         _mm512_storeu_si512(to + i * kPanel + (j * kPanel + r) * 4, raise(bit_cast<__m512i>(v[j])));
     }
 }
 
 // The values of positions [first, first + kDotStep): to[width / 32][kKeyChunk / 4][32][4], raised.
+// stage: four rows of round_up(dim, kPanel).
 inline void pack_values(KvType type, const ChunkRows& rows, int64_t first, int64_t dim, i8_t* stage,
                         i8_t* to, int64_t panel_stride, RowsAhead ahead) {
   const int64_t width = round_up(dim, kPanel);
@@ -143,6 +167,30 @@ inline void pack_values(KvType type, const ChunkRows& rows, int64_t first, int64
   }
 }
 
+// Sums of R rows by 32 columns, the products of the higher and the lower bytes apart.
+template <int R>
+struct SplitSums {
+  __m512i high[R][2], low[R][2];
+
+  LMFUSE_INLINE SplitSums() {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) high[r][i] = low[r][i] = _mm512_setzero_si512();
+  }
+  // += x[rows][4] v, x as rows of integers.
+  LMFUSE_INLINE void add(const split_t* x, int64_t row, const __m512i (&v)[2]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const __m512i upper = word_at(x + r * row), lower = word_at(x + r * row + 2);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) dot_bytes(high[r][i], v[i], upper);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) dot_bytes(low[r][i], v[i], lower);
+    }
+  }
+};
+
 // acc[rows][32] = x[rows][k] b[k / 4][32][4].
 struct IntTile {
   using Input = split_t;
@@ -160,108 +208,90 @@ struct IntTile {
   int64_t rows_;
 
   template <int R>
-  static void run_rows(const split_t* x, int64_t lda, const char* b, int64_t k, float* acc) {
-    __m512i high[R][2], low[R][2];
+  __attribute__((noinline)) static void run_rows(const split_t* x, int64_t lda, const char* b,
+                                                 int64_t k, float* acc) {
+    SplitSums<R> sums;
+    for (int64_t i = 0; i < k; i += 4, b += 128)
+      sums.add(x + i, lda, {_mm512_loadu_si512(b), _mm512_loadu_si512(b + 64)});
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
+      const split_t* end = x + r * lda + lda;
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) high[r][v] = low[r][v] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < k; i += 4, b += 128) {
-      const __m512i v[2] = {_mm512_loadu_si512(b), _mm512_loadu_si512(b + 64)};
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const __m512i upper = word_at(x + r * lda + i), lower = word_at(x + r * lda + i + 2);
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) dot_bytes(high[r][j], v[j], upper);
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) dot_bytes(low[r][j], v[j], lower);
-      }
+      for (int i = 0; i < 2; ++i)
+        store(acc + r * kPanel + i * kLanes,
+              numbers(join_bytes(sums.high[r][i], sums.low[r][i], word_at(end + kCorrectionAt)),
+                      end + kUnitAt));
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j)
-        _mm512_storeu_ps(
-            acc + r * kPanel + j * kLanes,
-            _mm512_cvtepi32_ps(_mm512_sub_epi32(join_bytes(high[r][j], low[r][j]),
-                                                word_at(x + r * lda + lda - 2))));
   }
 };
 
-// As IntTile, for few rows, from where keys and values lie.
+// The same for few rows, from where keys and values lie. The heads of such caches, which have
+// scales, are computed one by one.
 template <>
 class FewRows<IntTile> {
  public:
   using Ahead = LinesAhead;
   static constexpr int64_t kRows = kFewRows;
 
-  static void scores(KvType, bool, const FewPart& keys, int64_t width, const split_t* queries,
-                     int64_t count, i8_t* stage, i8_t* turned, float* scores, LinesAhead& ahead) {
+  static void scores(KvType type, bool, const FewPart& keys, int64_t width, const split_t* queries,
+                     int64_t count, i8_t* stage, i8_t*, float* scores, LinesAhead& ahead) {
     const bool direct = keys.bytes == width;
-    const int64_t height = block_height(count);
+    const int64_t height = block_height<kBlock>(count);
     PanelRows<i8_t> rows;
     for (int64_t first = 0; first < keys.rows->count; first += kPanel) {
       if (direct) {
         rows.gather(keys, first, 0, width, stage);
       } else {
-        rows.widen(KvType::i8, keys, first, 0, width, stage, (keys.bytes + 63) / 64, ahead);
+        rows.widen(type, keys, first, 0, width, stage, lines_of(keys.bytes), ahead);
       }
-      for (int64_t r = 0; r < count; r += height)
-        with_count<kBlock>(count - r < height ? count - r : height, [&](auto n) {
-          score<decltype(n)::value>(rows, width / 4, queries + 2 * r, keys.rows->scale + first,
-                                    scores + kRows * first + r * kPanel, direct && r == 0, ahead);
-        });
+      by_blocks<kBlock>(count, height, [&](int64_t r, auto n) {
+        score<decltype(n)::value>(rows, width, queries + 2 * r, keys.rows->scale + first,
+                                  scores + kRows * first + r * kPanel, direct && r == 0, ahead);
+      });
     }
   }
 
-  static void values(KvType, const FewPart& values, int64_t width, const split_t* weights,
+  static void values(KvType type, const FewPart& values, int64_t width, const split_t* weights,
                      int64_t weights_row, int64_t count, i8_t* stage, i8_t*, float* products,
                      LinesAhead& ahead) {
     const bool direct = values.bytes == width;
-    const int64_t height = block_height(count);
+    const int64_t height = block_height<kBlock>(count);
     PanelRows<i8_t> rows;
     for (int64_t first = 0; first < values.rows->count; first += kPanel) {
-      const int64_t left = values.rows->count - first;
+      const int64_t left = values.rows->count - first, keys = smaller(left, kPanel);
       const bool last = left <= kPanel;
       if (direct) {
         rows.find(values, first, 0, width, stage);
       } else {
-        rows.widen(KvType::i8, values, first, 0, width, stage,
-                   last ? 0 : (values.bytes + 63) / 64, ahead);
+        rows.widen(type, values, first, 0, width, stage, last ? 0 : lines_of(values.bytes), ahead);
       }
-      for (int64_t r = 0; r < count; r += height)
-        with_count<kBlock>(count - r < height ? count - r : height, [&](auto n) {
-          weigh<decltype(n)::value>(rows, smaller(left, kPanel), width, weights + r * weights_row,
-                                    first, weights_row,
-                                    {first == 0, last, direct && r == 0 && !last},
-                                    products + r * kPanel, count * kPanel, ahead);
-        });
+      by_blocks<kBlock>(count, height, [&](int64_t r, auto n) {
+        weigh<decltype(n)::value>(rows, first, keys, width, weights + r * weights_row, weights_row,
+                                  {first == 0, last, direct && r == 0 && !last},
+                                  products + r * kPanel, count * kPanel, ahead);
+      });
     }
   }
 
  private:
-  static constexpr int64_t kBlock = 6;
+  static constexpr int kBlock = IntTile::kRows;
 
-  static int64_t block_height(int64_t count) {
-    const int64_t blocks = (count + kBlock - 1) / kBlock;
-    return (count + blocks - 1) / blocks;
-  }
-
+  // By 16 keys: the sums of 32 would leave no registers for their words.
   template <int R>
-  __attribute__((noinline)) static void score(const PanelRows<i8_t>& rows, int64_t words,
-                                              const split_t* queries, const float* scale,
-                                              float* to, bool fetches, LinesAhead& ahead) {
-    const auto* q = reinterpret_cast<const float*>(queries);
-    const float* raised = q + (2 * words + 15) * kFewRows;
+  __attribute__((noinline)) static void score(const PanelRows<i8_t>& rows, int64_t width,
+                                              const split_t* queries, const float* scale, float* to,
+                                              bool fetches, LinesAhead& ahead) {
+    const auto* q = reinterpret_cast<const float*>(queries);  // words of kFewRows rows
+    const float* end = q + query_row<split_t>(width) / 2 * kFewRows;
     for (int64_t k = 0; k < kPanel; k += kLanes) {
       __m512i high[R], low[R];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) high[r] = low[r] = _mm512_setzero_si512();
-      for (int64_t i = 0; i < words; i += kTurned) {
+      for (int64_t i = 0; i < width; i += 4 * kTurned) {
         Vec v[kTurned];
-        load_turned(rows.row + k, rows.offset + 4 * i, v);
-        const float* at = q + 2 * i * kFewRows;
-#pragma GCC unroll 16
+        load_turned(rows.row + k, rows.offset + i, v);
+        const float* at = q + i / 2 * kFewRows;
+#pragma GCC unroll 8
         for (int64_t j = 0; j < kTurned; ++j) {
           const __m512i b = raise(bit_cast<__m512i>(v[j]));
 #pragma GCC unroll 16
@@ -274,55 +304,46 @@ class FewRows<IntTile> {
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const __m512i sum = _mm512_sub_epi32(join_bytes(high[r], low[r]), word_at(raised + r));
-        store(to + r * kPanel + k, Vec{_mm512_cvtepi32_ps(sum)} * load(scale + k));
+        const __m512i correction = word_at(end + kCorrectionAt / 2 * kFewRows + r);
+        store(to + r * kPanel + k,
+              numbers(join_bytes(high[r], low[r], correction), end + kUnitAt / 2 * kFewRows + r) *
+                  load(scale + k));
       }
     }
   }
 
+  // Keys [first, first + keys), which begin at rows.row[0]. to: the sums of kPanel columns of each
+  // row, as integers until the last panel, the next columns next_columns further.
   template <int R>
-  __attribute__((noinline)) static void weigh(const PanelRows<i8_t>& rows, int64_t keys,
-                                              int64_t width, const split_t* weights, int64_t first,
+  __attribute__((noinline)) static void weigh(const PanelRows<i8_t>& rows, int64_t first,
+                                              int64_t keys, int64_t width, const split_t* weights,
                                               int64_t weights_row, PanelOf panel, float* to,
                                               int64_t next_columns, LinesAhead& ahead) {
-    const split_t* w = weights + first;
-    const split_t* raised = weights + weights_row - 2;
     const ZipBytes zip;
     for (int64_t d = 0; d < width; d += kPanel, to += next_columns) {
-      __m512i high[R][2], low[R][2];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) high[r][j] = low[r][j] = _mm512_setzero_si512();
+      SplitSums<R> sums;
       for (int64_t k = 0; k < keys; k += 4) {
         if (panel.fetches) ahead.fetch<2>();
         __m512i v[2];
         zip(rows.row + k, rows.offset + d, v);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const __m512i upper = word_at(w + r * weights_row + k);
-          const __m512i lower = word_at(w + r * weights_row + k + 2);
-#pragma GCC unroll 2
-          for (int j = 0; j < 2; ++j) dot_bytes(high[r][j], v[j], upper);
-#pragma GCC unroll 2
-          for (int j = 0; j < 2; ++j) dot_bytes(low[r][j], v[j], lower);
-        }
+        sums.add(weights + first + k, weights_row, v);
       }
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
+        const split_t* end = weights + r * weights_row + weights_row;
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-          float* at = to + r * kPanel + j * kLanes;
-          __m512i sum = join_bytes(high[r][j], low[r][j]);
-          sum = panel.first ? _mm512_sub_epi32(sum, word_at(raised + r * weights_row))
-                            : _mm512_add_epi32(sum, _mm512_loadu_si512(at));
-          _mm512_storeu_ps(at, panel.last ? _mm512_cvtepi32_ps(sum) : _mm512_castsi512_ps(sum));
+        for (int i = 0; i < 2; ++i) {
+          float* at = to + r * kPanel + i * kLanes;
+          const __m512i more = panel.first ? word_at(end + kCorrectionAt) : _mm512_loadu_si512(at);
+          const __m512i sum = join_bytes(sums.high[r][i], sums.low[r][i], more);
+          store(at, panel.last ? numbers(sum, end + kUnitAt) : bit_cast<Vec>(sum));
         }
+      }
     }
   }
 };
 
-#endif
-
 }  // namespace
 }  // namespace lmfuse::LMFUSE_ISA
+
+#endif

@@ -111,7 +111,7 @@ LMFUSE_INLINE bool is_plain(const AttentionArgs& a) {
 
 // Everything but the exponential, for calls that ask for more than a scale and a range.
 inline void bias_scores(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
-                        int64_t visible, float scale, const Scores& scores) {
+                        int64_t visible, const Scores& scores) {
   alignas(64) float mask[kKeyChunk] = {}, distance[kKeyChunk];
   const bool masked = mask_row(a, row, head, begin, visible, mask);
   const float slope = a.alibi ? a.alibi[row.seq * a.alibi_stride + head] : 0.0f;
@@ -119,7 +119,7 @@ inline void bias_scores(const AttentionArgs& a, const RowInfo& row, int64_t head
     for (int64_t i = 0; i < kKeyChunk; ++i)
       distance[i] = static_cast<float>(begin + i - row.position);
   for (int64_t i = 0; i < scores.count; i += kLanes) {
-    Vec s = load(scores[i]) * broadcast(scale);
+    Vec s = load(scores[i]) * broadcast(a.scale);
     if (a.softcap != 0.0f) s = broadcast(a.softcap) * tanh(s * broadcast(1.0f / a.softcap));
     if (a.alibi) s = s - broadcast(slope) * abs(load(distance + i));
     if (masked) s = s + load(mask + i);
@@ -127,9 +127,9 @@ inline void bias_scores(const AttentionArgs& a, const RowInfo& row, int64_t head
   }
 }
 
-// 2^x, relative error 2e-7 for fp32 weights and 3e-6 for those that become bf16. Polynomials of the
-// least relative error on [-1/2, 1/2]. Below -126 it is 0: subnormal numbers take Intel's cores 150
-// cycles each. NaN gives NaN.
+// 2^x, relative error 2e-7 for fp32 weights and 3e-6 for those that become bf16 or integers.
+// Polynomials of the least relative error on [-1/2, 1/2]. Below -126 it is 0: subnormal numbers
+// take Intel's cores 150 cycles each. NaN gives NaN.
 template <class Input>
 LMFUSE_INLINE Vec exp2(Vec x) {
   const Mask tiny = x < broadcast(-126.0f);
@@ -152,32 +152,69 @@ LMFUSE_INLINE Vec exp2(Vec x) {
 }
 constexpr float kLog2E = 1.44269504088896341f;
 
-// Of one row: its largest score, in units of log 2, and the sum of 2^(score - largest).
-struct RowSums {
-  float largest, sum, unit;
+// Where the weights of a row go: as Input to `to`, whose rows are `row` apart.
+template <class Input>
+class Weights {
+ public:
+  Weights(Input* to, int64_t /*row*/) : to_(to) {}
+
+  // Those of at[0 … 2 kLanes), scores i and on.
+  LMFUSE_INLINE void take(float* /*at*/, int64_t i, Vec a, Vec b) { store_low(to_ + i, a, b); }
+  LMFUSE_INLINE void finish(const Scores&) {}
+
+ private:
+  Input* to_;
 };
 
-// weights[i] = 2^(score - largest) (times the scale of the value, i8 only) and their sum. head is
+#if defined(LMFUSE_INTS)
+// In the place of their scores, until the largest of them is known.
+template <>
+class Weights<split_t> {
+ public:
+  Weights(split_t* to, int64_t row) : to_(to), row_(row), most_{broadcast(0.0f), broadcast(0.0f)} {}
+
+  LMFUSE_INLINE void take(float* at, int64_t, Vec a, Vec b) {
+    store_low(at, a, b);
+    most_[0] = larger(most_[0], a);
+    most_[1] = larger(most_[1], b);
+  }
+  LMFUSE_INLINE void finish(const Scores& weights) {
+    split_row(
+        weights.count, larger(most_[0], most_[1]),
+        [&](int64_t i) LMFUSE_LAMBDA { return load(weights[i]); }, to_, row_);
+  }
+
+ private:
+  split_t* to_;
+  int64_t row_;
+  Vec most_[2];
+};
+#endif
+
+// Of one row: its largest score, in units of log 2, and the sum of 2^(score - largest).
+struct RowSums {
+  float largest, sum;
+};
+
+// Weights 2^(score - largest) (times the scale of the value, i8 only) and their sum. head is
 // that of the query. Sums in two chains over fixed places, so that keys beyond those that are seen
 // change nothing.
 template <class Input>
 RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
-                    float unit, const ChunkRows& values, const Scores& scores, Input* weights,
-                    int64_t weights_row) {
+                    const ChunkRows& values, const Scores& scores, Weights<Input> weights) {
   // Within the chunk, also where the window of the row begins behind it.
   const auto within = [&](int64_t i) { return i < 0 ? 0 : i < scores.count ? i : scores.count; };
   const int64_t from = within(row.begin - begin), end = within(row.end - begin);
   const int64_t to = end < from ? from : end;
-  float scale = a.scale * unit;
+  float scale = a.scale;
   if (!is_plain(a)) {
-    bias_scores(a, row, head, begin, to, scale, scores);
+    bias_scores(a, row, head, begin, to, scores);
     scale = 1.0f;
   }
   scale *= kLog2E;
   scores.hide(0, from);
   scores.hide(to, scores.count);
 
-  constexpr bool kSplit = __is_same(Input, split_t);
   // NaN stays in sight: the second operand is returned where either is NaN.
   constexpr int64_t kStep = 2 * kLanes;
   Vec top0 = broadcast(kNever), top1 = top0;
@@ -197,12 +234,7 @@ RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, in
       const Vec e1 = exp2<Input>(fma(load(at + kLanes), factor, minus));
       sum0 = sum0 + e0;
       sum1 = sum1 + e1;
-      const Vec w0 = finish(e0, i), w1 = finish(e1, i + kLanes);
-      if constexpr (kSplit) {
-        store_low(at, w0, w1);
-      } else {
-        store_low(weights + i, w0, w1);
-      }
+      weights.take(at, i, finish(e0, i), finish(e1, i + kLanes));
     }
   };
   if (a.value.scale) {
@@ -210,12 +242,8 @@ RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, in
   } else {
     weigh([](Vec e, int64_t) LMFUSE_LAMBDA { return e; });
   }
-  float weight_unit = 1.0f;
-  if constexpr (kSplit)
-    weight_unit = split_row(
-        scores.count, [&](int64_t i) LMFUSE_LAMBDA { return load(scores[i]); }, weights,
-        weights_row);
-  return {largest, sum(sum0 + sum1), weight_unit};
+  weights.finish(scores);
+  return {largest, sum(sum0 + sum1)};
 }
 
 }  // namespace

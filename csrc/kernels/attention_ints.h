@@ -30,8 +30,8 @@ LMFUSE_INLINE __m512i word_at(const void* p) {
   return _mm512_set1_epi32(bits);
 }
 
-// A row x = unit q of integers q, |q| <= 32639. Its last two words are the unit, such that not all
-// of x is finite if that is not, and what corrects a sum of its products with bytes plus 128: the
+// A row x = unit q of integers q, |q| <= 32639. Its last two words are the unit, NaN if some
+// of x is not finite, and what corrects a sum of its products with bytes plus 128: the
 // sum of q times -128.
 constexpr int64_t kUnitAt = -4, kCorrectionAt = -2;
 
@@ -40,7 +40,8 @@ template <class F>
 LMFUSE_INLINE void split_row(int64_t n, Vec most, F number, split_t* to, int64_t row) {
   constexpr float kLargest = 127 * 256 + 127, kLeast = 0x1p-110f;  // has a finite inverse
   const float top = bit_cast<float>(_mm512_reduce_max_epi32(bit_cast<__m512i>(most)));
-  const float size = top < kLeast ? kLeast : top, unit = size / kLargest;
+  const float size = top < kLeast ? kLeast : top;
+  const float unit = size / kLargest + (size - size);
   const Vec inverse = broadcast(kLargest / size), half = broadcast(128.0f);
   const __m512i order =
       _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));

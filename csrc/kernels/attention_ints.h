@@ -30,9 +30,8 @@ LMFUSE_INLINE __m512i word_at(const void* p) {
   return _mm512_set1_epi32(bits);
 }
 
-// A row x = unit q of integers q, |q| <= 32639. Its last two words are the unit, NaN if some
-// of x is not finite, and what corrects a sum of its products with bytes plus 128: the
-// sum of q times -128.
+// A row x = unit q of integers q, |q| <= 32639. Its last two words are the unit, NaN if some of x
+// is not finite, and what corrects a sum of its products with bytes plus 128: -128 times that of q.
 constexpr int64_t kUnitAt = -4, kCorrectionAt = -2;
 
 // n numbers, a multiple of 32, of magnitudes up to one of `most`.
@@ -56,7 +55,8 @@ LMFUSE_INLINE void split_row(int64_t n, Vec most, F number, split_t* to, int64_t
     const __m512i bytes = _mm512_shuffle_epi8(_mm512_packs_epi32(a, b), order);
     _mm512_storeu_si512(to + i, _mm512_xor_si512(_mm512_permutexvar_epi64(fours, bytes), low));
   }
-  const int correction = -128 * (_mm512_reduce_add_epi32(sum) - static_cast<int>(128 * n));
+  const auto of_raised = static_cast<uint32_t>(_mm512_reduce_add_epi32(sum));
+  const uint32_t correction = (static_cast<uint32_t>(128 * n) - of_raised) * 128;  // modulo 2^32
   __builtin_memcpy(to + row + kUnitAt, &unit, sizeof(unit));
   __builtin_memcpy(to + row + kCorrectionAt, &correction, sizeof(correction));
 }
@@ -77,14 +77,12 @@ LMFUSE_INLINE void dot_bytes(__m512i& sum, __m512i b, const float& word) {
 LMFUSE_INLINE __m512i raise(__m512i bytes) {
   return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
 }
-// The sum of both products, and `more`.
-LMFUSE_INLINE __m512i join_bytes(__m512i high, __m512i low, __m512i more) {
-  return _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), more);
+// The sum of both products, and the number that it stands for.
+LMFUSE_INLINE __m512i join_bytes(__m512i high, __m512i low) {
+  return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
 }
-
-// The numbers that integers of a row stand for.
-LMFUSE_INLINE Vec numbers(__m512i q, const void* unit) {
-  return Vec{_mm512_cvtepi32_ps(q)} * bit_cast<Vec>(word_at(unit));
+LMFUSE_INLINE Vec number(__m512i sum, const void* unit) {
+  return Vec{_mm512_cvtepi32_ps(sum)} * bit_cast<Vec>(word_at(unit));
 }
 
 // 32 bytes of each of four rows in turn, raised.
@@ -173,12 +171,18 @@ template <int R>
 struct SplitSums {
   __m512i high[R][2], low[R][2];
 
-  LMFUSE_INLINE SplitSums() {
+  // first(r, i): what is added to, corrections or sums of other k.
+  template <class F>
+  LMFUSE_INLINE explicit SplitSums(F first) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) high[r][i] = low[r][i] = _mm512_setzero_si512();
+      for (int i = 0; i < 2; ++i) {
+        high[r][i] = _mm512_setzero_si512();
+        low[r][i] = first(r, i);
+      }
   }
+  LMFUSE_INLINE __m512i operator()(int r, int i) const { return join_bytes(high[r][i], low[r][i]); }
   // += x[rows][4] v, x as rows of integers.
   LMFUSE_INLINE void add(const split_t* x, int64_t row, const __m512i (&v)[2]) {
 #pragma GCC unroll 16
@@ -211,18 +215,16 @@ struct IntTile {
   template <int R>
   __attribute__((noinline)) static void run_rows(const split_t* x, int64_t lda, const char* b,
                                                  int64_t k, float* acc) {
-    SplitSums<R> sums;
+    const split_t* end = x + lda;
+    SplitSums<R> sums([&](int r, int)
+                          LMFUSE_LAMBDA { return word_at(end + r * lda + kCorrectionAt); });
     for (int64_t i = 0; i < k; i += 4, b += 128)
       sums.add(x + i, lda, {_mm512_loadu_si512(b), _mm512_loadu_si512(b + 64)});
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const split_t* end = x + r * lda + lda;
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i)
-        store(acc + r * kPanel + i * kLanes,
-              numbers(join_bytes(sums.high[r][i], sums.low[r][i], word_at(end + kCorrectionAt)),
-                      end + kUnitAt));
-    }
+        store(acc + r * kPanel + i * kLanes, number(sums(r, i), end + r * lda + kUnitAt));
   }
 };
 
@@ -287,7 +289,10 @@ class FewRows<IntTile> {
     for (int64_t k = 0; k < kPanel; k += kLanes) {
       __m512i high[R], low[R];
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) high[r] = low[r] = _mm512_setzero_si512();
+      for (int r = 0; r < R; ++r) {
+        high[r] = _mm512_setzero_si512();
+        low[r] = word_at(end + kCorrectionAt / 2 * kFewRows + r);
+      }
       for (int64_t i = 0; i < width; i += 4 * kTurned) {
         Vec v[kTurned];
         load_turned(rows.row + k, rows.offset + i, v);
@@ -304,12 +309,10 @@ class FewRows<IntTile> {
         if (fetches) ahead.fetch<kLanes * kTurned * 4 / 64>();
       }
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const __m512i correction = word_at(end + kCorrectionAt / 2 * kFewRows + r);
+      for (int r = 0; r < R; ++r)
         store(to + r * kPanel + k,
-              numbers(join_bytes(high[r], low[r], correction), end + kUnitAt / 2 * kFewRows + r) *
+              number(join_bytes(high[r], low[r]), end + kUnitAt / 2 * kFewRows + r) *
                   load(scale + k));
-      }
     }
   }
 
@@ -321,8 +324,13 @@ class FewRows<IntTile> {
                                               int64_t weights_row, PanelOf panel, float* to,
                                               int64_t next_columns, LinesAhead& ahead) {
     const ZipBytes zip;
+    const split_t* end = weights + weights_row;
     for (int64_t d = 0; d < width; d += kPanel, to += next_columns) {
-      SplitSums<R> sums;
+      const auto at = [&](int r, int i) LMFUSE_LAMBDA { return to + r * kPanel + i * kLanes; };
+      SplitSums<R> sums([&](int r, int i) LMFUSE_LAMBDA {
+        return panel.first ? word_at(end + r * weights_row + kCorrectionAt)
+                           : _mm512_loadu_si512(at(r, i));
+      });
       for (int64_t k = 0; k < keys; k += 4) {
         if (panel.fetches) ahead.fetch<2>();
         __m512i v[2];
@@ -330,16 +338,13 @@ class FewRows<IntTile> {
         sums.add(weights + first + k, weights_row, v);
       }
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const split_t* end = weights + r * weights_row + weights_row;
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
-          float* at = to + r * kPanel + i * kLanes;
-          const __m512i more = panel.first ? word_at(end + kCorrectionAt) : _mm512_loadu_si512(at);
-          const __m512i sum = join_bytes(sums.high[r][i], sums.low[r][i], more);
-          store(at, panel.last ? numbers(sum, end + kUnitAt) : bit_cast<Vec>(sum));
+          const __m512i sum = sums(r, i);
+          store(at(r, i),
+                panel.last ? number(sum, end + r * weights_row + kUnitAt) : bit_cast<Vec>(sum));
         }
-      }
     }
   }
 };

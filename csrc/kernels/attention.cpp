@@ -84,18 +84,21 @@ template <class Tile>
 class Attend {
  public:
   using Input = typename Tile::Input;
+  using Packed = typename PackedAs<Input>::Type;
 
   Attend(const AttentionArgs& a, char* scratch)
       : a_(a),
         width_(key_width<Input>(a.dim)),
+        query_row_(query_row<Input>(width_)),
         value_width_(round_up(a.value_dim, kPanel)),
         together_(heads_together(a)) {
     Scratch s(scratch);
-    queries_ = s.take<Input>(kAttentionRows * width_);
-    keys_ = s.take<Input>(kKeyChunk * width_);
-    values_ = s.take<Input>(kKeyChunk * value_width_);
-    stage_ = s.take<Input>(kPanel * (width_ > value_width_ ? width_ : value_width_));
-    turned_ = s.take<Input>(kPanel * width_);
+    queries_ = s.take<Input>(kAttentionRows * query_row_);
+    placed_ = s.take<Input>(together_ * kFewRows * query_row_);
+    keys_ = s.take<Packed>(kKeyChunk * width_);
+    values_ = s.take<Packed>(kKeyChunk * value_width_);
+    stage_ = s.take<Packed>(kPanel * (width_ > value_width_ ? width_ : value_width_));
+    turned_ = s.take<Packed>(kPanel * width_);
     const int64_t rows = kBlock > together_ * kFewRows ? kBlock : together_ * kFewRows;
     scores_ = s.take<float>(rows * kKeyChunk);
     weights_ = s.take<Input>(rows * kWeightsRow);
@@ -136,11 +139,11 @@ class Attend {
         RowInfo& row = rows_[h * count + r];
         row = row_info(a_, u, r);
         row.head += h * group;
-        load_query(row, queries_ + r * width_);
+        load_query(row, queries_ + r * query_row_);
       }
       if (count > kFewRows) continue;
-      for (int64_t i = count * width_; i < kFewRows * width_; ++i) queries_[i] = Input{};
-      place_queries(queries_, width_, keys_ + h * kFewRows * width_);
+      for (int64_t i = count * query_row_; i < kFewRows * query_row_; ++i) queries_[i] = Input{};
+      place_queries(queries_, query_row_, placed_ + h * kFewRows * query_row_);
     }
     for (int64_t r = 0; r < heads * count; ++r) {
       running_.largest[r] = kNever;
@@ -180,9 +183,17 @@ class Attend {
                        (first_head_ + row.head) * a_.q_stride_h;
     with_type(a_.dtype, [&](auto t) {
       const auto* from = static_cast<const decltype(t)*>(a_.query) + at;
-      map(to, a_.dim, [&](int64_t i, auto l) { return load(from + i, l); });
+      const auto widen = [&](auto* row) {
+        map(row, a_.dim, [&](int64_t i, auto l) { return load(from + i, l); });
+        for (int64_t i = a_.dim; i < width_; ++i) row[i] = {};
+      };
+      if constexpr (__is_same(Input, split_t)) {
+        widen(scores_);
+        split_row(width_, scores_, to, query_row_);
+      } else {
+        widen(to);
+      }
     });
-    for (int64_t i = a_.dim; i < width_; ++i) to[i] = Input{};
   }
 
   // The last position that one of the rows sees, at most limit.
@@ -269,7 +280,7 @@ class Attend {
   };
 
   // acc = x b for all tiles, one panel after the other.
-  void multiply(Tile& tile, const Place& place, const Input* x, int64_t lda, const Input* b,
+  void multiply(Tile& tile, const Place& place, const Input* x, int64_t lda, const Packed* b,
                 int64_t panel_stride, int64_t panels, int64_t k, float* acc, int64_t acc_stride) {
     for (int64_t p = 0; p < panels; ++p)
       for (int64_t t = 0; t < place.tiles; ++t) {
@@ -283,8 +294,8 @@ class Attend {
   // The weights of row r of the unit.
   void weigh(int64_t begin, int64_t r, const Scores& scores, Input* weights, Softmax to) {
     const RowInfo& row = rows_[r];
-    const RowSums sums =
-        softmax_row(a_, row, first_head_ + row.head, begin, now_->values, scores, weights);
+    const RowSums sums = softmax_row(a_, row, first_head_ + row.head, begin, now_->values, scores,
+                                     Weights<Input>(weights, kWeightsRow));
     *to.largest = sums.largest;
     *to.sum = sums.sum;
   }
@@ -304,8 +315,8 @@ class Attend {
     const FewPart values = few_part(now_->values, heads, a_.value, a_.value_dim);
     const int64_t rows = heads * count, padded = round_up(now_->keys.count, kPanel);
     typename FewRows<Tile>::Ahead ahead(keys, values, next_->keys);
-    FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, keys, width_, keys_, count, stage_,
-                          turned_, scores_, ahead);
+    FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, keys, width_, placed_, count,
+                          stage_, turned_, scores_, ahead);
     for (int64_t h = 0, r = 0; h < heads; ++h)
       for (int64_t i = 0; i < count; ++i, ++r) {
         float* scores = scores_ + h * kFewRows * kKeyChunk + i * kPanel;
@@ -332,8 +343,8 @@ class Attend {
     const int64_t panel_rows = kBlock * kPanel;  // of scores
     const Place place(count);
     Tile tile(place.height);
-    multiply(tile, place, queries_ + first * width_, width_, keys_, kPanel * width_, panels, width_,
-             scores_, panel_rows);
+    multiply(tile, place, queries_ + first * query_row_, query_row_, keys_, kPanel * width_, panels,
+             width_, scores_, panel_rows);
 
     alignas(64) float largest[kBlock], sum[kBlock], old_part[kBlock], new_part[kBlock];
     for (int64_t r = 0; r < count; ++r) {
@@ -374,9 +385,10 @@ class Attend {
   }
 
   const AttentionArgs& a_;
-  const int64_t width_, value_width_, together_;
+  const int64_t width_, query_row_, value_width_, together_;
   int64_t scratch_, first_head_ = 0;
-  Input *queries_, *keys_, *values_, *stage_, *turned_, *weights_;
+  Input *queries_, *placed_, *weights_;
+  Packed *keys_, *values_, *stage_, *turned_;
   float *scores_, *products_, *sums_;
   Softmax running_;
   RowInfo* rows_;
@@ -391,10 +403,16 @@ using PairTile = DotTile;
 using PairTile = FmaTile<float>;  // bf16 widens to it exactly
 #endif
 
-// Products of bf16 where the queries are bf16 and the cache is exact in it, else of fp32.
+// Products of bf16 where the queries are bf16 and the cache is exact in it, else of fp32. Of
+// integers where the cache is int8 and bytes have a product.
 template <class F>
 void with_tile(const AttentionArgs& a, F f) {
   const auto exact = [](KvType type) { return type != KvType::f32 && type != KvType::f16; };
+#if defined(LMFUSE_INTS)
+  const auto ints = [](const KvSource& from) { return from.type == KvType::i8 && from.scale; };
+  if (a.dtype == DType::bf16 && ints(a.key) && ints(a.value) && a.dim <= kMostInts)
+    return f.template operator()<IntTile>();
+#endif
   if (a.dtype == DType::bf16 && exact(a.key.type) && exact(a.value.type)) {
     f.template operator()<PairTile>();
   } else {

@@ -162,8 +162,8 @@ constexpr int64_t kFewRows = 16;
 
 // Rows of queries, zeros up to kFewRows, word by word: to[words][kFewRows].
 template <class Input>
-inline void place_queries(const Input* rows, int64_t width, Input* to) {
-  const int64_t words = width * sizeof(Input) / 4;
+inline void place_queries(const Input* rows, int64_t row, Input* to) {
+  const int64_t words = row * sizeof(Input) / 4;
   const auto* from = reinterpret_cast<const float*>(rows);
   auto* words_to = reinterpret_cast<float*>(to);
   for (int64_t r0 = 0; r0 < kFewRows; r0 += kLanes)
@@ -283,6 +283,20 @@ LMFUSE_INLINE void add_values(const bf16_t* weights, int64_t weights_row, const 
 }
 #endif
 
+// Rows in blocks of about equal height, of at most kBlock, which share a pass.
+template <int kBlock>
+LMFUSE_INLINE int64_t block_height(int64_t count) {
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  return (count + blocks - 1) / blocks;
+}
+// f(first row, its number) for each of them.
+template <int kBlock, class F>
+LMFUSE_INLINE void by_blocks(int64_t count, int64_t height, F f) {
+  for (int64_t r = 0; r < count; r += height)
+    with_count<kBlock>(count - r < height ? count - r : height, [&](auto n) { f(r, n); });
+}
+LMFUSE_INLINE int64_t lines_of(int64_t bytes) { return (bytes + 63) / 64; }
+
 // A panel of values in its chunk.
 struct PanelOf {
   bool first, last, fetches;
@@ -304,7 +318,7 @@ class FewRows {
     with_words(type, keys.bytes, width, [&](auto word, auto direct) {
       using Word = decltype(word);
       constexpr int64_t kElements = 4 / sizeof(Word);
-      const int64_t height = block_height(count);
+      const int64_t height = block_height<kBlock>(count);
       PanelRows<Input> rows;
       for (int64_t first = 0; first < keys.rows->count; first += kPanel)
         for (int64_t h = 0; h < keys.heads; ++h) {
@@ -313,7 +327,7 @@ class FewRows {
           } else {
             rows.widen(type, keys, first, h, width, stage, lines_of(keys.bytes), ahead);
           }
-          by_blocks(count, height, [&](int64_t r, auto block) {
+          by_blocks<kBlock>(count, height, [&](int64_t r, auto block) {
             const auto with = [&](auto panel) {
               score<Word, decltype(block)::value, decltype(panel)::value>(
                   rows, width / kElements, queries + h * kRows * width + r * (4 / sizeof(Input)),
@@ -335,7 +349,7 @@ class FewRows {
                      LinesAhead& ahead) {
     with_words(type, values.bytes, width, [&](auto stored, auto direct) {
       using Stored = decltype(stored);
-      const int64_t height = block_height(count);
+      const int64_t height = block_height<kBlock>(count);
       PanelRows<Input> rows;
       for (int64_t first = 0; first < values.rows->count; first += kPanel) {
         const int64_t left = values.rows->count - first, keys = smaller(left, kPanel);
@@ -347,7 +361,7 @@ class FewRows {
             rows.widen(type, values, first, h, width, stage, last ? 0 : lines_of(values.bytes),
                        ahead);
           }
-          by_blocks(count, height, [&](int64_t r, auto block) {
+          by_blocks<kBlock>(count, height, [&](int64_t r, auto block) {
             weigh_columns<Stored, decltype(block)::value>(
                 rows, keys, width, weights + (h * count + r) * weights_row + first, weights_row,
                 {first == 0, last, direct.value && r == 0 && !last},
@@ -362,20 +376,6 @@ class FewRows {
   // Rows that share one pass: sums of two vectors of keys, or of four of columns, and what they are
   // added from, in 32 registers (16).
   static constexpr int64_t kBlock = kLanes == 16 ? 6 : 3;
-
-  static int64_t lines_of(int64_t bytes) { return (bytes + 63) / 64; }
-
-  // Blocks of about equal height.
-  static int64_t block_height(int64_t count) {
-    const int64_t blocks = (count + kBlock - 1) / kBlock;
-    return (count + blocks - 1) / blocks;
-  }
-  // f(first row, its number) for each of them.
-  template <class F>
-  LMFUSE_INLINE static void by_blocks(int64_t count, int64_t height, F f) {
-    for (int64_t r = 0; r < count; r += height)
-      with_count<kBlock>(count - r < height ? count - r : height, [&](auto n) { f(r, n); });
-  }
 
   // f(type of the elements in a word, whether rows can be read as they lie): where they fill whole
   // vectors.

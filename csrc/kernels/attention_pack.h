@@ -2,7 +2,8 @@
 // keys as a weight [keys, dim], the values as a weight [value_dim, keys]. So both products of
 // attention are those of gemm_tile.h, and no kernel knows caches or storage types.
 //
-// Input is float or bf16_t, the type of the products; fp8 and int8 are exact in both.
+// Input is float or bf16_t, the type of the products, in both of which fp8 and int8 are exact; or
+// split_t, for int8 by integers (attention_ints.h).
 #pragma once
 
 #include "loops.h"
@@ -11,6 +12,21 @@ namespace lmfuse::LMFUSE_ISA {
 namespace {
 
 LMFUSE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A 16-bit integer as 256 high + low, both signed bytes. In rows of them the high bytes of four
+// precede the low ones.
+struct split_t {
+  int8_t bytes[2];
+};
+// What keys and values are packed as.
+template <class Input>
+struct PackedAs {
+  using Type = Input;
+};
+template <>
+struct PackedAs<split_t> {
+  using Type = i8_t;
+};
 
 // The rows of the keys, or the values, at count positions of one head; scale is theirs (i8 only).
 struct ChunkRows {
@@ -107,6 +123,11 @@ LMFUSE_INLINE void widen_row(KvType type, const char* row, int64_t n, int64_t pa
   for (int64_t i = n; i < padded; ++i) to[i] = To{};
 }
 
+LMFUSE_INLINE void widen_row(KvType /*i8*/, const char* row, int64_t n, int64_t padded, i8_t* to) {
+  __builtin_memcpy(to, row, static_cast<uint64_t>(n));
+  for (int64_t i = n; i < padded; ++i) to[i] = i8_t{};
+}
+
 // True if a row can be read as it lies, in whole vectors.
 template <class Input>
 LMFUSE_INLINE bool as_it_lies(KvType type, int64_t n, int64_t multiple) {
@@ -121,6 +142,12 @@ constexpr int64_t kWords = kLanes * 4 / static_cast<int64_t>(sizeof(Input));
 template <class Input>
 LMFUSE_INLINE int64_t key_width(int64_t dim) {
   return round_up(dim, sizeof(Input) == 4 ? kLanes : kDotStep);
+}
+
+// From query to query: rows of integers end with their unit (attention_ints.h).
+template <class Input>
+LMFUSE_INLINE int64_t query_row(int64_t width) {
+  return __is_same(Input, split_t) ? width + kDotStep : width;
 }
 
 // Panel p of the keys: to[width / per word][32] words. stage: 32 rows of width elements.

@@ -2,7 +2,7 @@
 // max).
 #pragma once
 
-#include "attention_pack.h"
+#include "attention_ints.h"
 #include "math.h"
 
 namespace lmfuse::LMFUSE_ISA {
@@ -127,9 +127,9 @@ inline void bias_scores(const AttentionArgs& a, const RowInfo& row, int64_t head
   }
 }
 
-// 2^x, relative error 2e-7 for fp32 weights and 3e-6 for those that become bf16. Polynomials of the
-// least relative error on [-1/2, 1/2]. Below -126 it is 0: subnormal numbers take Intel's cores 150
-// cycles each. NaN gives NaN.
+// 2^x, relative error 2e-7 for fp32 weights and 3e-6 for those that become bf16 or integers.
+// Polynomials of the least relative error on [-1/2, 1/2]. Below -126 it is 0: subnormal numbers
+// take Intel's cores 150 cycles each. NaN gives NaN.
 template <class Input>
 LMFUSE_INLINE Vec exp2(Vec x) {
   const Mask tiny = x < broadcast(-126.0f);
@@ -152,17 +152,56 @@ LMFUSE_INLINE Vec exp2(Vec x) {
 }
 constexpr float kLog2E = 1.44269504088896341f;
 
+// Where the weights of a row go: as Input to `to`, whose rows are `row` apart.
+template <class Input>
+class Weights {
+ public:
+  Weights(Input* to, int64_t /*row*/) : to_(to) {}
+
+  // Those of at[0 … 2 kLanes), scores i and on.
+  LMFUSE_INLINE void take(float* /*at*/, int64_t i, Vec a, Vec b) { store_low(to_ + i, a, b); }
+  LMFUSE_INLINE void finish(const Scores&) {}
+
+ private:
+  Input* to_;
+};
+
+#if defined(LMFUSE_INTS)
+// In the place of their scores, until the largest of them is known.
+template <>
+class Weights<split_t> {
+ public:
+  Weights(split_t* to, int64_t row) : to_(to), row_(row), most_{broadcast(0.0f), broadcast(0.0f)} {}
+
+  LMFUSE_INLINE void take(float* at, int64_t, Vec a, Vec b) {
+    store_low(at, a, b);
+    most_[0] = larger(most_[0], a);
+    most_[1] = larger(most_[1], b);
+  }
+  LMFUSE_INLINE void finish(const Scores& weights) {
+    split_row(
+        weights.count, larger(most_[0], most_[1]),
+        [&](int64_t i) LMFUSE_LAMBDA { return load(weights[i]); }, to_, row_);
+  }
+
+ private:
+  split_t* to_;
+  int64_t row_;
+  Vec most_[2];
+};
+#endif
+
 // Of one row: its largest score, in units of log 2, and the sum of 2^(score - largest).
 struct RowSums {
   float largest, sum;
 };
 
-// weights[i] = 2^(score - largest) (times the scale of the value, i8 only) and their sum. head is
+// Weights 2^(score - largest) (times the scale of the value, i8 only) and their sum. head is
 // that of the query. Sums in two chains over fixed places, so that keys beyond those that are seen
 // change nothing.
 template <class Input>
 RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
-                    const ChunkRows& values, const Scores& scores, Input* weights) {
+                    const ChunkRows& values, const Scores& scores, Weights<Input> weights) {
   // Within the chunk, also where the window of the row begins behind it.
   const auto within = [&](int64_t i) { return i < 0 ? 0 : i < scores.count ? i : scores.count; };
   const int64_t from = within(row.begin - begin), end = within(row.end - begin);
@@ -190,12 +229,12 @@ RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, in
   Vec sum0 = broadcast(0.0f), sum1 = sum0;
   const auto weigh = [&](auto finish) LMFUSE_LAMBDA {
     for (int64_t i = 0; i < scores.count; i += kStep) {
-      const float* at = scores[i];
+      float* at = scores[i];
       const Vec e0 = exp2<Input>(fma(load(at), factor, minus));
       const Vec e1 = exp2<Input>(fma(load(at + kLanes), factor, minus));
       sum0 = sum0 + e0;
       sum1 = sum1 + e1;
-      store_low(weights + i, finish(e0, i), finish(e1, i + kLanes));
+      weights.take(at, i, finish(e0, i), finish(e1, i + kLanes));
     }
   };
   if (a.value.scale) {
@@ -203,6 +242,7 @@ RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, in
   } else {
     weigh([](Vec e, int64_t) LMFUSE_LAMBDA { return e; });
   }
+  weights.finish(scores);
   return {largest, sum(sum0 + sum1)};
 }
 

@@ -41,6 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "smollm3": {"no_rope_layer_interval": 2},
     "bloom": {"n_layer": 2, "n_head": 4},
+    "mpt": {"use_cache": True, "max_seq_len": 64},
     "cohere2": MIXED,  # where those without a window do not rotate
     "olmo3": MIXED,
     "qwen3 windows": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 6, **MIXED},
@@ -87,13 +88,31 @@ def test_families(family: str, runs: list[int]) -> None:
     runs.clear()
     for options in ({}, {"padded": True}, {"num_beams": 4}):
         assert torch.equal(generated(ours, **options), generated(stock, **options))
-    assert runs == [stock.config.num_hidden_layers] * 30
+    once = 9 if family == "mpt" else 10  # whose masks for a prompt the op does not read
+    assert runs == [stock.config.num_hidden_layers] * 3 * once
     with torch.no_grad():
         given = inputs(True)
-        cache = Cache(stock.config.get_text_config())
+        cache = Cache(stock.config.get_text_config(decoder=True))
         a, b = stock(**given).logits, ours(**given, past_key_values=cache).logits
     seen = given["attention_mask"].bool()
     torch.testing.assert_close(b[seen], a[seen], rtol=1e-4, atol=1e-4)
+
+
+def test_mpt_that_clips_or_is_copied(runs: list[int]) -> None:
+    """Numbers that clip no random ones; a class of ours in the place of another one of ours."""
+    ours = lmfuse.optimize(model_of("mpt"))
+    kinds = {type(m).__name__ for m in ours.modules()}
+    expected = generated(ours)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        runs.clear()
+        assert torch.equal(generated(other), expected)
+        assert runs == [2] * 9
+    assert "FusedFusedMptBlock" in kinds
+    assert not any(type(m).__name__.startswith("Fused") for m in lmfuse.restore(ours).modules())
+    stock = model_of("mpt", attn_config={"clip_qkv": 0.5})
+    clipped = lmfuse.optimize(stock)
+    assert "clips" in hf.report(clipped).stock["transformer.blocks.0"]
+    assert torch.equal(generated(clipped), generated(stock))
 
 
 def test_bfloat16() -> None:

@@ -252,7 +252,7 @@ class _Run:
         held = cache.together([a.layer_idx for a in self.attention], self.kind_of)
         if held is None:
             return None
-        masks = [kwargs.get("attention_mask") for kwargs in given]
+        masks = list(map(_mask, self.kinds, given))
         masks = [mask if attention._hides(mask) else None for mask in masks]
         return self._run(hidden_states, masks, cache, held, tables)
 
@@ -326,7 +326,7 @@ def _accepted(form: Form, given: dict[str, Any]) -> _Tables | None:
     more = given.keys() - _KNOWN - {alibi}
     if any(given[k] is not None and given[k] is not False for k in more):
         return None
-    mask = given.get("attention_mask")
+    mask = _mask(form, given)
     if mask is not None and (mask.dim() != 2 or _window(mask, form) != form.window):
         return None
     if form.window == 1:
@@ -339,6 +339,15 @@ def _accepted(form: Form, given: dict[str, Any]) -> _Tables | None:
     if form.table_step == 1:
         return tables
     return tables[0][..., :: form.table_step], tables[1][..., :: form.table_step]
+
+
+def _mask(form: Form, given: dict[str, Any]) -> Tensor | None:
+    """Which keys layers of this form see; four dimensions say more."""
+    mask: Tensor | None = given.get("attention_mask")
+    if mask is None or not form.negated or mask.shape[1:3] != (1, 1):
+        return mask
+    seen = ~mask[:, 0, 0]  # of one query, which is the last
+    return None if bool(seen.all()) else seen
 
 
 def _padded(slots: Slots, mask: Tensor | None, count: int) -> Any:

@@ -31,22 +31,23 @@ _ASKED = "_lmfuse_asked"
 
 # How the parts are called in transformers.
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention")
-_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",))
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("Wqkv",))
 _OUTPUT = ("o_proj", "out_proj", "dense")
 _MLP = (
     ("gate_proj", "up_proj", "down_proj"),
     ("gate_up_proj", "down_proj"),
+    ("up_proj", "down_proj"),
     ("fc1", "fc2"),
     ("c_fc", "c_proj"),
     ("dense_h_to_4h", "dense_4h_to_h"),
 )
 _ACT = ("act_fn", "activation_fn", "act", "gelu_impl")
-_BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm")
-_AFTER_ATTENTION = ("post_attention_layernorm", "final_layer_norm")
+_BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm", "norm_1")
+_AFTER_ATTENTION = ("post_attention_layernorm", "final_layer_norm", "norm_2")
 _AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 _QUERY_KEY = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 CACHE = ("past_key_values", "layer_past")
-_ALIBI = ("alibi",)
+_ALIBI = ("alibi", "position_bias")
 
 # The fields of functional.DecoderLayer in the order of Form.norms.
 _NORMS = (
@@ -84,6 +85,7 @@ class Form:
         type: what the config calls the layer; a model gives those of one type the same.
         alibi: slopes, and what the layer's forward calls what is made of them.
         pair: the layer's forward returns attention weights, which are None, as well.
+        negated: masks have four dimensions, and are True where keys are hidden.
     """
 
     attention: str
@@ -109,6 +111,7 @@ class Form:
     type: str | None = None
     alibi: tuple[str, tuple[float, ...]] | None = None
     pair: bool = False
+    negated: bool = False
 
     def linears(self, layer: nn.Module) -> list[nn.Module]:
         """In the order query, key, value, output, gate, up, down, without those not there."""
@@ -222,8 +225,8 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
     """
     projections = _first(attn, _PROJECTIONS, "no projections of a known name")
     output = _first(attn, [(n,) for n in _OUTPUT], "no output projection of a known name")
-    inner = "mlp." if "mlp" in layer._modules else ""
-    owner = layer.get_submodule("mlp") if inner else layer
+    inner = next((f"{name}." for name in ("mlp", "ffn") if name in layer._modules), "")
+    owner = layer.get_submodule(inner[:-1]) if inner else layer
     mlp = _first(owner, _MLP, "no MLP of a known form")
     around = [n if _is_norm(layer, n) else None for n in _AROUND_MLP]
     after = next((n for n in _AFTER_ATTENTION if _is_norm(layer, n)), None)
@@ -253,8 +256,11 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
         parallel=not any(around) and after is None,
         residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
         type=_type(attn),
+        negated=not getattr(attn, "takes_our_mask", True),
     )
     _check_complete(layer, found)
+    if any(getattr(x, "clip_qkv", None) for x in (attn, getattr(attn, "config", None))):
+        raise _UnknownError("it clips queries, keys and values")  # perhaps none of our numbers
     return found
 
 
@@ -265,7 +271,8 @@ def _type(attn: Any) -> str | None:
 
 def _called(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     """Which of `names` is a parameter of the layer's forward."""
-    parameters = inspect.signature(type(layer).forward).parameters
+    kind = getattr(type(layer), "fused_stock", type(layer))
+    parameters = inspect.signature(kind.forward).parameters
     return next((name for name in names if name in parameters), None)
 
 

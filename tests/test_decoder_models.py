@@ -41,6 +41,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "smollm3": {"no_rope_layer_interval": 2},
     "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"num_kv_heads": None},
+    "falcon heads": {"num_kv_heads": None, "multi_query": False, "parallel_attn": False},
     "mpt": {"use_cache": True, "max_seq_len": 64},
     "cohere2": MIXED,  # where those without a window do not rotate
     "olmo3": MIXED,

@@ -298,7 +298,8 @@ def _runs(linear: Any) -> bool:
     """Whether the op can multiply by this layer's weight."""
     if isinstance(linear, QuantizedLinear):
         return type(linear).forward in (QuantizedLinear.forward, SiblingLinear.forward)
-    return type(linear) in (Linear, SiblingLinear) and type(linear.weight) is PackedWeight
+    ours = getattr(type(linear), "forward", None) in (Linear.forward, SiblingLinear.forward)
+    return ours and type(linear.weight) is PackedWeight
 
 
 def _acts(hooks: dict[int, Callable[..., Any]]) -> bool:

@@ -407,8 +407,10 @@ def _run(small: nn.Module, form: Form, x: Tensor, tables: list[tuple[Tensor, Ten
     if tables:
         kwargs["position_embeddings"] = tables[0]
     kwargs["position_ids"] = torch.arange(x.shape[1]).unsqueeze(0)
-    if (alibi := _called(small, _ALIBI)) is not None:
-        kwargs[alibi] = torch.zeros(1)
+    if (alibi := _called(small, _ALIBI)) is not None:  # Falcon has it or RoPE
+        wanted = getattr(getattr(small, "config", None), "alibi", True)
+        heads = getattr(small.get_submodule(form.attention), "num_heads", 1)
+        kwargs[alibi] = torch.zeros(heads, 1, x.shape[1]) if wanted else None
     return small.forward(x, **kwargs)
 
 
@@ -436,6 +438,8 @@ def _candidates(
             return
         half, step = _ROPES[attn.fused_form]
         form = replace(form, rotary_dim=tables[0][0].shape[-1], rotary_half=half, table_step=step)
+    elif isinstance(attn, FusedAttention) and tables:
+        form = replace(form, rotary_dim=tables[0][0].shape[-1])
     own = float(getattr(attn, "scaling", 1.0))
     for scale in dict.fromkeys((form.scale, form.scale * own)):  # OPT scales queries itself
         for parallel in dict.fromkeys((form.parallel, not form.parallel)):

@@ -486,23 +486,29 @@ def test_other_attention(runs: list[int]) -> None:
     assert not runs
 
 
-def test_angles_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = model_of().model.rotary_emb
-    ours = lmfuse.optimize(model_of()).model.rotary_emb
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", ()), ("gemma3_text", ("full_attention",)), ("gemma3_text", ("sliding_attention",))],
+)
+def test_angles_are_looked_up(
+    family: str, kind: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = model_of(family).model.rotary_emb
+    ours = lmfuse.optimize(model_of(family)).model.rotary_emb
     made = []
     make = type(ours)._made
     monkeypatch.setattr(type(ours), "_made", lambda *a: made.append(a) or make(*a))
     x = torch.empty(0)
     for positions in ([[3, 4, 5]], [[0, 1, 1023], [7, 0, 2]], [[1024]], [[3000, 2047]]):
         at = torch.tensor(positions)
-        for a, b in zip(ours(x, at), stock(x, at), strict=True):
+        for a, b in zip(ours(x, at, *kind), stock(x, at, *kind), strict=True):
             assert_same_bits(a, b)
-    assert [count for *_, count in made] == [1024, 2048, 6000]
-    assert ours(x.bfloat16(), at)[0].dtype is BF16
+    assert [call[2] for call in made] == [1024, 2048, 6000]
+    assert ours(x.bfloat16(), at, *kind)[0].dtype is BF16
     for far in ([[100_000]], [[-1, 0]]):
         at = torch.tensor(far)
-        assert_same_bits(ours(x, at)[1], stock(x, at)[1])
-    ours.inv_freq.mul_(2)
-    stock.inv_freq.mul_(2)
+        assert_same_bits(ours(x, at, *kind)[1], stock(x, at, *kind)[1])
+    for rotary in (ours, stock):
+        getattr(rotary, "_".join((*kind, "inv_freq"))).mul_(2)
     at = torch.tensor([[5]])
-    assert_same_bits(ours(x, at)[0], stock(x, at)[0])
+    assert_same_bits(ours(x, at, *kind)[0], stock(x, at, *kind)[0])

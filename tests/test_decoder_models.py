@@ -224,6 +224,23 @@ class TestWatched:
             model.model.layers[1].mlp.down_proj = nn.Linear(96, 64, bias=False)
         assert torch.equal(generated(ours), generated(stock))
 
+    @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+    def test_replaced_layer(self, family: str) -> None:
+        class Slow(nn.Module):
+            def __init__(self, layer: nn.Module) -> None:
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, x: Tensor, **kwargs: Any) -> Any:
+                return 2 * self.layer(x, **kwargs)
+
+        stock = model_of(family)
+        ours = lmfuse.optimize(stock)
+        generated(ours)
+        for model in (stock, ours):
+            model.model.layers[1] = Slow(model.model.layers[1])
+        assert torch.equal(generated(ours), generated(stock))
+
     @pytest.mark.parametrize("how", ["data", "copy", "assign"])
     def test_new_weights(self, how: str, runs: list[int]) -> None:
         stock = model_of()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -85,6 +85,7 @@ class FusedStack(swap.Fused, nn.ModuleList):
             caller.f_code.co_name == "forward"
             and caller.f_globals.get("__name__") == self.fused_module
             and not any(map(caller.f_locals.get, _COLLECTS))
+            and _ours(self._modules.values())
         ):
             return self._few()
         return super().__iter__()
@@ -133,6 +134,11 @@ class FusedStack(swap.Fused, nn.ModuleList):
         return _without_run(super().__reduce__())
 
 
+def _ours(layers: Iterable[Any]) -> bool:
+    """Whether none of the layers has been replaced."""
+    return all(isinstance(layer, FusedDecoder) for layer in layers)
+
+
 def _kinds(layers: list[Any]) -> tuple[list[int], list[int]]:
     """A number for each, and where each number comes first: layers of the same number are given the
     same, and see the same positions."""
@@ -177,6 +183,8 @@ def _run_of(owner: nn.Module, layers: list[Any]) -> _Run | None:
     if seen is not None and run in seen:
         return run
     if run is None or not run.current(layers):
+        if not _ours(layers):
+            return None
         run = vars(owner)[_RUN] = _Run(layers)
     if run.stack is None or run.watched():
         return None

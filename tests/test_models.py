@@ -43,7 +43,6 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window
 MPT = {"d_model": 32, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64}
 RMS, OFFSET, LN = "rms_norm", "rms_norm (weight + 1)", "layer_norm"
 SILU, TANH, HALF = "silu_mul", "gelu_mul (tanh)", "rope (half)"
-WEIGHTS = "attention weights on demand"
 ATTENTION, GELU_MLP, TANH_MLP = "attention", "linear + gelu", "linear + gelu_tanh"
 # Which layers run whole is a matter of test_decoder_models.py.
 WHOLE = {"decoder layer", "stack of decoder layers", "table of angles"}
@@ -84,7 +83,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, str], set[str]]] = {
         {GELU_MLP, ATTENTION},
     ),
     "bloom": ("bloom", {"n_layer": LAYERS, "n_head": 4}, (2, LN), {TANH_MLP, ATTENTION}),
-    "mpt": ("mpt", {**MPT, "n_heads": 6, "d_model": 48}, (2, LN), {GELU_MLP, ATTENTION, WEIGHTS}),
+    "mpt": ("mpt", {**MPT, "n_heads": 6, "d_model": 48}, (2, LN), {GELU_MLP, ATTENTION}),
     "cohere": ("cohere", {}, (1, LN), {SILU, "rope (interleaved, doubled table)"}),
     "mixtral": ("mixtral", {"num_local_experts": 4}, (2, RMS), {HALF}),
     "qwen3_moe": (

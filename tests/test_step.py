@@ -19,7 +19,7 @@ from test_models import batch, make
 
 # Families whose forward is embedding, angles, layers, norm and head, and little in between.
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "olmo2", "gpt_neox")
-PLAIN += ("granite", "cohere", "gemma2", "gemma3")
+PLAIN += ("granite", "cohere", "gemma2", "gemma3", "falcon")
 # Numbers that are not 1.
 CHANGED = {
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 0.3},

@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -27,7 +27,7 @@ from lmfuse.functional import PackedExperts, PackedWeight
 from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.slots import Slots
 from lmfuse.hf import attention, spies, swap
-from lmfuse.hf.decoder_form import CACHE, Form, find
+from lmfuse.hf.decoder_form import CACHE, Form, asks_ours, find
 from lmfuse.modules import QuantizedExperts, QuantizedLinear
 from lmfuse.modules.experts import PARTS, Experts
 from lmfuse.modules.linear import Linear
@@ -38,6 +38,8 @@ _RUN = "_lmfuse_run"
 _Given: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"  # to a layer, besides its input
 _Tables: TypeAlias = tuple[Tensor | None, Tensor | None]  # cos and sin
 
+# What forwards call the question whether they collect what is between layers.
+_COLLECTS = ("output_hidden_states", "output_attentions")
 # What a layer may be given besides its input: what the op takes, and what is of no consequence.
 _KNOWN = {"attention_mask", "position_embeddings", *CACHE}
 _KNOWN |= {"position_ids", "use_cache", "cache_position"}
@@ -64,7 +66,7 @@ class FusedDecoder(swap.Fused):
             run = _run_of(self, [self])  # whose own hooks are called around this
             result = None if run is None else run(hidden_states, [kwargs])
             if result is not None:
-                return result
+                return (result, None) if self.fused_form.pair else result
         return super().forward(hidden_states, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -83,6 +85,8 @@ class FusedStack(swap.Fused, nn.ModuleList):
         if (
             caller.f_code.co_name == "forward"
             and caller.f_globals.get("__name__") == self.fused_module
+            and not any(map(caller.f_locals.get, _COLLECTS))
+            and _ours(self._modules.values())
         ):
             return self._few()
         return super().__iter__()
@@ -98,9 +102,9 @@ class FusedStack(swap.Fused, nn.ModuleList):
         kinds, firsts = _kinds(layers)
         given: list[_Given] = []
 
-        def noted(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def noted(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             given.append((args, kwargs))
-            return hidden_states
+            return (hidden_states, None) if layers[0].fused_form.pair else hidden_states
 
         def last(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             given.append((args, kwargs))
@@ -115,18 +119,25 @@ class FusedStack(swap.Fused, nn.ModuleList):
         self, hidden_states: Tensor, layers: list[Any], kinds: list[int], given: list[_Given]
     ) -> Any:
         """All layers, those of each kind given this."""
+        pair = layers[0].fused_form.pair
         if not any(args for args, _ in given):
             run = _run_of(self, layers)
             result = None if run is None else run(hidden_states, [kwargs for _, kwargs in given])
             if result is not None:
-                return result
+                return (result, None) if pair else result
+        x: Any = hidden_states
         for layer, kind in zip(layers, kinds, strict=True):
             args, kwargs = given[kind]
-            hidden_states = layer(hidden_states, *args, **kwargs)
-        return hidden_states
+            x = layer(x[0] if pair and layer is not layers[0] else x, *args, **kwargs)
+        return x
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _without_run(super().__reduce__())
+
+
+def _ours(layers: Iterable[Any]) -> bool:
+    """Whether none of the layers has been replaced."""
+    return all(isinstance(layer, FusedDecoder) for layer in layers)
 
 
 def _kinds(layers: list[Any]) -> tuple[list[int], list[int]]:
@@ -173,6 +184,8 @@ def _run_of(owner: nn.Module, layers: list[Any]) -> _Run | None:
     if seen is not None and run in seen:
         return run
     if run is None or not run.current(layers):
+        if not _ours(layers):
+            return None
         run = vars(owner)[_RUN] = _Run(layers)
     if run.stack is None or run.watched():
         return None
@@ -241,7 +254,7 @@ class _Run:
         """
         if not _plain(hidden_states) or hidden_states.dtype is not self.dtype:
             return None
-        if self.attention[0].config._attn_implementation != attention.NAME:
+        if not asks_ours(self.attention[0]):
             return None
         tables = [t for t in map(_accepted, self.kinds, given) if t is not None]
         cache = given[0].get(self.kinds[0].cache)
@@ -251,7 +264,7 @@ class _Run:
         held = cache.together([a.layer_idx for a in self.attention], self.kind_of)
         if held is None:
             return None
-        masks = [kwargs.get("attention_mask") for kwargs in given]
+        masks = list(map(_mask, self.kinds, given))
         masks = [mask if attention._hides(mask) else None for mask in masks]
         return self._run(hidden_states, masks, cache, held, tables)
 
@@ -297,7 +310,8 @@ def _runs(linear: Any) -> bool:
     """Whether the op can multiply by this layer's weight."""
     if isinstance(linear, QuantizedLinear):
         return type(linear).forward in (QuantizedLinear.forward, SiblingLinear.forward)
-    return type(linear) in (Linear, SiblingLinear) and type(linear.weight) is PackedWeight
+    ours = getattr(type(linear), "forward", None) in (Linear.forward, SiblingLinear.forward)
+    return ours and type(linear.weight) is PackedWeight
 
 
 def _mixes(module: Any) -> bool:
@@ -329,9 +343,11 @@ def _plain(x: Tensor) -> bool:
 
 def _accepted(form: Form, given: dict[str, Any]) -> _Tables | None:
     """cos and sin for the op; None if layers of this form are given what it does not take."""
-    if any(given[k] is not None and given[k] is not False for k in given.keys() - _KNOWN):
+    alibi = None if form.alibi is None else form.alibi[0]
+    more = given.keys() - _KNOWN - {alibi}
+    if any(given[k] is not None and given[k] is not False for k in more):
         return None
-    mask = given.get("attention_mask")
+    mask = _mask(form, given)
     if mask is not None and (mask.dim() != 2 or _window(mask, form) != form.window):
         return None
     if form.window == 1:
@@ -344,6 +360,15 @@ def _accepted(form: Form, given: dict[str, Any]) -> _Tables | None:
     if form.table_step == 1:
         return tables
     return tables[0][..., :: form.table_step], tables[1][..., :: form.table_step]
+
+
+def _mask(form: Form, given: dict[str, Any]) -> Tensor | None:
+    """Which keys layers of this form see; four dimensions say more."""
+    mask: Tensor | None = given.get("attention_mask")
+    if mask is None or not form.negated or mask.shape[1:3] != (1, 1):
+        return mask
+    seen = ~mask[:, 0, 0]  # of one query, which is the last
+    return None if bool(seen.all()) else seen
 
 
 def _padded(slots: Slots, mask: Tensor | None, count: int) -> Any:
@@ -427,7 +452,8 @@ def _alike(layers: nn.ModuleList, forms: list[Form]) -> bool:
         linears: list[Any] = form.linears(layer)
         sizes = tuple((m.in_features, m.out_features) for m in linears)
         heads = form.heads, form.kv_heads, form.head_dim, form.interleaved
-        shared.add((sizes, heads, form.attention, form.cache, form.parallel, form.gated))
+        called = form.attention, form.cache, form.pair, form.alibi and form.alibi[0]
+        shared.add((sizes, heads, called, form.parallel, form.gated))
         if form.rotary_dim:
             turned.setdefault((form.type, form.window), set()).add(
                 (form.rotary_dim, form.table_step)

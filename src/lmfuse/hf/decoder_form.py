@@ -11,6 +11,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from lmfuse import functional
 from lmfuse.functional import DecoderExperts, DecoderLayer, DecoderLinear, DecoderNorm
 from lmfuse.hf import attention, norm, rope, swap
+from lmfuse.hf.attention_modules import FusedAttention
 from lmfuse.modules import QuantizedExperts, QuantizedLinear, experts
 from lmfuse.modules.decoder import described_linear
 
@@ -28,23 +30,25 @@ _PROBE = "lmfuse_probe"
 _ASKED = "_lmfuse_asked"
 
 # How the parts are called in transformers.
-_ATTENTION = ("self_attn", "attention", "attn")
-_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",))
+_ATTENTION = ("self_attn", "attention", "attn", "self_attention")
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("Wqkv",))
 _OUTPUT = ("o_proj", "out_proj", "dense")
 _MLP = (
     ("gate_proj", "up_proj", "down_proj"),
     ("gate_up_proj", "down_proj"),
+    ("up_proj", "down_proj"),
     ("fc1", "fc2"),
     ("c_fc", "c_proj"),
     ("dense_h_to_4h", "dense_4h_to_h"),
 )
-_ACT = ("act_fn", "activation_fn", "act")
+_ACT = ("act_fn", "activation_fn", "act", "gelu_impl")
 _ROUTERS, _EXPERTS = ("gate", "router"), "experts"
-_BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm")
-_AFTER_ATTENTION = ("post_attention_layernorm", "final_layer_norm")
+_BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm", "norm_1")
+_AFTER_ATTENTION = ("post_attention_layernorm", "final_layer_norm", "norm_2")
 _AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 _QUERY_KEY = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 CACHE = ("past_key_values", "layer_past")
+_ALIBI = ("alibi", "position_bias")
 
 # The fields of functional.DecoderLayer in the order of Form.norms.
 _NORMS = (
@@ -81,6 +85,9 @@ class Form:
         table_step: which columns of the tables of RoPE count: every, or every other.
         type: what the config calls the layer; a model gives those of one type the same.
         router, experts: names of the parts of a mixture, in place of mlp.
+        alibi: slopes, and what the layer's forward calls what is made of them.
+        pair: the layer's forward returns attention weights, which are None, as well.
+        negated: masks have four dimensions, and are True where keys are hidden.
     """
 
     attention: str
@@ -108,6 +115,9 @@ class Form:
     experts: str | None = None
     chosen: int = 0
     normalized: bool = True
+    alibi: tuple[str, tuple[float, ...]] | None = None
+    pair: bool = False
+    negated: bool = False
 
     def linears(self, layer: nn.Module) -> list[nn.Module]:
         """In the order query, key, value, output, gate, up, down, without those not there."""
@@ -155,6 +165,7 @@ class Form:
             residual_scale=self.residual_scale,
             kind=kind,
             experts=self.mixture(layer),
+            alibi=None if self.alibi is None else torch.tensor(self.alibi[1]),
         )
 
     def mixture(self, layer: nn.Module) -> DecoderExperts | None:
@@ -187,10 +198,7 @@ def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
     """The form of `layer`, the reason why it has none, or None if it is no decoder layer at all."""
     attn_name = next((a for a in _ATTENTION if a in layer._modules), None)
     attn = layer._modules.get(attn_name or "")
-    if attn_name is None or not hasattr(attn, "layer_idx") or not hasattr(attn, "config"):
-        return None
-    assert attn is not None
-    if getattr(attn.config, "_attn_implementation", None) != attention.NAME:
+    if attn_name is None or attn is None or not hasattr(attn, "layer_idx") or not asks_ours(attn):
         return None
     if any("forward" in vars(m) for m in layer.modules()):
         return "the forward of one of its parts is replaced on the instance"
@@ -208,12 +216,22 @@ def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
     except Exception as error:  # it is foreign code
         return f"its forward refused a test input: {error}"
     asked = vars(small.get_submodule(attn_name)).get(_ASKED)
+    pair = isinstance(expected, tuple) and len(expected) == 2 and expected[1] is None
+    parts, expected = replace(parts, pair=pair), expected[0] if pair else expected
     if asked is None or not isinstance(expected, Tensor):
         return "its attention does not go through transformers' AttentionInterface"
-    for form in _candidates(parts, attn, asked, tables):
+    for form in _candidates(parts, layer, attn, asked, tables):
         if _agrees(form, small, x, expected, tables):
             return form
     return "it computes something else than the decoder op"
+
+
+def asks_ours(attn: Any) -> bool:
+    """Whether an attention module has lmfuse compute its attention."""
+    if isinstance(attn, FusedAttention):
+        return True
+    config = getattr(attn, "config", None)
+    return getattr(config, "_attn_implementation", None) == attention.NAME
 
 
 class _UnknownError(Exception):
@@ -228,8 +246,8 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
     """
     projections = _first(attn, _PROJECTIONS, "no projections of a known name")
     output = _first(attn, [(n,) for n in _OUTPUT], "no output projection of a known name")
-    inner = "mlp." if "mlp" in layer._modules else ""
-    owner = layer.get_submodule("mlp") if inner else layer
+    inner = next((f"{name}." for name in ("mlp", "ffn") if name in layer._modules), "")
+    owner = layer.get_submodule(inner[:-1]) if inner else layer
     mixed = _mixture(owner)
     mlp = _first(owner, _MLP, "no MLP of a known form") if mixed is None else ()
     around = [n if _is_norm(layer, n) else None for n in _AROUND_MLP]
@@ -242,14 +260,13 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
     pair = next((p for p in _QUERY_KEY if all(_is_norm(attn, n) for n in p)), None)
     heads = [f"{attn_name}.{n}" for n in pair] if pair else [None, None]
     act = next((getattr(owner, a) for a in _ACT if hasattr(owner, a)), None)
-    parameters = inspect.signature(type(layer).forward).parameters
     found = Form(
         attn_name,
         tuple(f"{attn_name}.{n}" for n in projections),
         f"{attn_name}.{output[0]}",
         tuple(inner + n for n in mlp),
         (norms[0], *heads, *norms[1:]),
-        next((c for c in CACHE if c in parameters), CACHE[0]),
+        _called(layer, CACHE) or CACHE[0],
         heads=0,
         kv_heads=0,
         head_dim=0,
@@ -261,11 +278,14 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
         parallel=not any(around) and after is None,
         residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
         type=_type(attn),
+        negated=not getattr(attn, "takes_our_mask", True),
     )
     if mixed is not None:
         router, _, chosen = mixed
         found = replace(found, router=inner + router, experts=inner + _EXPERTS, chosen=chosen)
     _check_complete(layer, found)
+    if any(getattr(x, "clip_qkv", None) for x in (attn, getattr(attn, "config", None))):
+        raise _UnknownError("it clips queries, keys and values")  # perhaps none of our numbers
     return found
 
 
@@ -291,8 +311,15 @@ def _mixture(owner: nn.Module) -> tuple[str, str, int] | None:
 
 
 def _type(attn: Any) -> str | None:
-    types = getattr(attn.config, "layer_types", None)
+    types = getattr(getattr(attn, "config", None), "layer_types", None)
     return types[attn.layer_idx] if types and attn.layer_idx < len(types) else None
+
+
+def _called(layer: nn.Module, names: tuple[str, ...]) -> str | None:
+    """Which of `names` is a parameter of the layer's forward."""
+    kind = getattr(type(layer), "fused_stock", type(layer))
+    parameters = inspect.signature(kind.forward).parameters
+    return next((name for name in names if name in parameters), None)
 
 
 def _first(owner: nn.Module, names: Any, otherwise: str) -> tuple[str, ...]:
@@ -364,7 +391,8 @@ def _small(layer: nn.Module, form: Form) -> nn.Module:
         if id(module) in instead:
             return instead[id(module)]
         new = swap.copied(module, _modules={})
-        if isinstance(new, swap.Fused) and id(module) not in norm_ids:
+        whose = isinstance(module, FusedAttention)  # there is no other form that asks
+        if isinstance(new, swap.Fused) and id(module) not in norm_ids and not whose:
             new.__class__ = type(new).fused_stock  # type: ignore[assignment]
         if module._parameters:
             n = None if id(module) in over_heads else _HIDDEN
@@ -376,7 +404,9 @@ def _small(layer: nn.Module, form: Form) -> nn.Module:
                 new.__dict__["normalized_shape"] = tuple(new.weight.shape)  # type: ignore
         for name, child in module._modules.items():
             new._modules[name] = None if child is None else copied(child)
-        if module is layer.get_submodule(form.attention):
+        if module is layer.get_submodule(form.attention) and whose:
+            new.__dict__["_attend"] = partial(_attended, new)
+        elif module is layer.get_submodule(form.attention):
             config = copy.copy(module.config)
             vars(config)["_attn_implementation_internal"] = _PROBE
             new.__dict__["config"] = config
@@ -434,19 +464,41 @@ def _probed(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs:
     return attention.attention(module, query, key, *args, **kwargs)
 
 
+def _attended(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Any,
+    mask: Any,
+    scale: float,
+    output_attentions: bool = False,
+    **bias: Any,
+) -> Any:
+    """The same for those that ask for themselves."""
+    options: dict[str, Any] = {"scaling": scale, **bias}
+    vars(module)[_ASKED] = (*(x.transpose(1, 2).shape for x in (query, key)), options)
+    return type(module)._attend(module, query, key, value, cache, mask, scale, **bias)
+
+
 def _run(small: nn.Module, form: Form, x: Tensor, tables: list[tuple[Tensor, Tensor]]) -> Any:
     transformers.AttentionInterface.register(_PROBE, _probed)
     kwargs: dict[str, Any] = {"attention_mask": None, form.cache: None}
     if tables:
         kwargs["position_embeddings"] = tables[0]
     kwargs["position_ids"] = torch.arange(x.shape[1]).unsqueeze(0)
+    if (alibi := _called(small, _ALIBI)) is not None:  # Falcon has it or RoPE
+        wanted = getattr(getattr(small, "config", None), "alibi", True)
+        heads = getattr(small.get_submodule(form.attention), "num_heads", 1)
+        kwargs[alibi] = torch.zeros(heads, 1, x.shape[1]) if wanted else None
     return small.forward(x, **kwargs)
 
 
 def _candidates(
-    parts: Form, attn: nn.Module, asked: Any, tables: list[tuple[Tensor, Tensor]]
+    parts: Form, layer: nn.Module, attn: nn.Module, asked: Any, tables: list[tuple[Tensor, Tensor]]
 ) -> Iterator[Form]:
     query, key, options = asked
+    name, slopes = _called(layer, _ALIBI), options.get("alibi")
     if options.get("s_aux") is not None or options.get("position_bias") is not None:
         return
     dim: int = query[3]
@@ -459,12 +511,15 @@ def _candidates(
         scale=dim**-0.5 if scale is None else float(scale),
         softcap=float(options.get("softcap") or 0.0),
         window=options.get("sliding_window"),
+        alibi=None if name is None or slopes is None else (name, tuple(slopes.tolist())),
     )
     if isinstance(attn, rope.FusedRope):
         if attn.fused_form not in _ROPES:
             return
         half, step = _ROPES[attn.fused_form]
         form = replace(form, rotary_dim=tables[0][0].shape[-1], rotary_half=half, table_step=step)
+    elif isinstance(attn, FusedAttention) and tables:
+        form = replace(form, rotary_dim=tables[0][0].shape[-1])
     own = float(getattr(attn, "scaling", 1.0))
     for scale in dict.fromkeys((form.scale, form.scale * own)):  # OPT scales queries itself
         for parallel in dict.fromkeys((form.parallel, not form.parallel)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,19 +39,23 @@ class _Tables:
 class FusedRotary(swap.Fused):
     """A rotary embedding that looks its angles up: 20 us for a token, and not 90."""
 
-    inv_freq: Tensor
-
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
         """cos and sin [batch, tokens, width] of each position, in the dtype of x."""
+        return self._angles(x, position_ids)
+
+    def _angles(self, x: Tensor, position_ids: Tensor, *kind: str) -> Any:
         if not torch.compiler.is_compiling() and not torch.jit.is_tracing():  # type: ignore
-            found = self._looked_up(x.dtype, position_ids)
+            found = self._looked_up(x.dtype, position_ids, *kind)
             if found is not None:
                 return found
-        return super().forward(x, position_ids)
+        return super().forward(x, position_ids, *kind)
 
-    def _looked_up(self, dtype: torch.dtype, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
-        tables: _Tables | None = vars(self).get(_TABLES)
-        if tables is not None and tables.hold(dtype, self.inv_freq):
+    def _looked_up(
+        self, dtype: torch.dtype, position_ids: Tensor, *kind: str
+    ) -> tuple[Tensor, Tensor] | None:
+        known: dict[tuple[str, ...], _Tables] = vars(self).setdefault(_TABLES, {})
+        tables = known.get(kind)
+        if tables is not None and tables.hold(dtype, self._frequencies(*kind)):
             try:
                 return F.embedding(position_ids, tables.cos), F.embedding(position_ids, tables.sin)
             except IndexError:
@@ -57,18 +63,31 @@ class FusedRotary(swap.Fused):
         first, last = (int(i) for i in position_ids.aminmax())
         if first < 0 or last >= _MOST:
             return None
-        tables = vars(self)[_TABLES] = self._made(dtype, min(_MOST, max(1024, 2 * last)))
+        tables = known[kind] = self._made(dtype, min(_MOST, max(1024, 2 * last)), *kind)
         return F.embedding(position_ids, tables.cos), F.embedding(position_ids, tables.sin)
 
-    def _made(self, dtype: torch.dtype, count: int) -> _Tables:
+    def _made(self, dtype: torch.dtype, count: int, *kind: str) -> _Tables:
         with torch.inference_mode(False):  # looked up later, perhaps outside of inference mode
             x, positions = torch.empty(0, dtype=dtype), torch.arange(count).unsqueeze(0)
-            cos, sin = super().forward(x, positions)
-            return _Tables(dtype, self.inv_freq, self.inv_freq._version, cos[0], sin[0])
+            cos, sin = super().forward(x, positions, *kind)
+            frequencies = self._frequencies(*kind)
+            return _Tables(dtype, frequencies, frequencies._version, cos[0], sin[0])
+
+    def _frequencies(self, *kind: str) -> Tensor:
+        frequencies: Tensor = self._buffers["_".join((*kind, "inv_freq"))]  # type: ignore
+        return frequencies
 
     def __reduce__(self) -> tuple[Any, ...]:
         make, arguments, state = super().__reduce__()
         return make, arguments, {k: v for k, v in state.items() if k != _TABLES}
+
+
+class FusedTypedRotary(FusedRotary):
+    """One with frequencies for each type of layer."""
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> Any:  # type: ignore
+        """As `FusedRotary`, for layers of a type."""
+        return self._angles(x, position_ids, layer_type)
 
 
 def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | None:
@@ -76,22 +95,32 @@ def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | No
     kind = type(module)
     if not kind.__name__.endswith("RotaryEmbedding") or "forward" in vars(module):
         return None
-    if list(inspect.signature(kind.forward).parameters) != ["self", "x", "position_ids"]:
+    types: Any = getattr(module, "rope_type", None)  # by type of layer, or of all
+    rotary: type[FusedRotary] = FusedRotary
+    kinds: list[tuple[str, ...]] = [()]
+    parameters = list(inspect.signature(kind.forward).parameters)
+    if parameters == ["self", "x", "position_ids", "layer_type"] and isinstance(types, dict):
+        rotary, kinds, parameters = FusedTypedRotary, [(t,) for t in types], parameters[:-1]
+    else:
+        types = {"": types}
+    if parameters != ["self", "x", "position_ids"] or not set(types.values()) <= set(_STATIC):
         return None
-    if getattr(module, "rope_type", None) not in _STATIC or list(module._buffers)[:1] != [
-        "inv_freq"
-    ]:
+    if any("_".join((*k, "inv_freq")) not in module._buffers for k in kinds):
         return None
-    fused = swap.subclass(FusedRotary, kind)
+    fused = swap.subclass(rotary, kind)
     positions = torch.tensor([[0, 1, 2, 7, 30, 61], [5, 4, 3, 2, 1, 0]])
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, more in itertools.product((torch.float32, torch.bfloat16), kinds):
         x = torch.empty(0, dtype=dtype)
         ours = swap.copied(module)
         try:
-            expected = module.forward(x, positions)
+            expected = module.forward(x, positions, *more)
         except Exception as error:  # it is foreign code
             return f"its forward refused a test input: {error}"
         ours.__class__ = fused
-        if not swap.agrees(expected, ours.forward, x, positions):
+        if not swap.agrees(expected, partial(_called, ours, more), x, positions):
             return "its angles depend on more than the position"
     return swap.Swap(fused, "table of angles")
+
+
+def _called(rotary: Any, more: tuple[str, ...], x: Tensor, positions: Tensor) -> Any:
+    return rotary.forward(x, positions, *more)

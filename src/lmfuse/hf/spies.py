@@ -46,13 +46,15 @@ def told(model: Any, layers: nn.ModuleList) -> Told:
     found = Told(None, [], [], [], None)
     random = swap.generator()
 
-    def layer(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    each: list[Any] = list(layers._modules.values())
+
+    def layer(hidden_states: Tensor, **kwargs: Any) -> Any:
         found.inputs.append(hidden_states)
         found.kwargs.append(kwargs)
         found.made.append(swap.random(random, *hidden_states.shape).to(hidden_states.dtype))
-        return found.made[-1]
+        return (found.made[-1], None) if each[0].fused_form.pair else found.made[-1]
 
-    spies = [_bare(each) for each in layers._modules.values()]
+    spies = list(map(_bare, each))
     for spy in spies:
         vars(spy)["forward"] = layer
     found.copy = _copied(model, layers, nn.ModuleList(spies))

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lmfuse.generation.cache import Cache
 from lmfuse.hf import decoder, spies
 
-_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 # What a step is given, and what else of no consequence.
 _GIVEN = {"input_ids", "past_key_values", "position_ids", "attention_mask"}
 _KNOWN = _GIVEN | {"use_cache", "logits_to_keep", "return_dict"}

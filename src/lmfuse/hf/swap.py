@@ -28,13 +28,23 @@ class Fused(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle finds a class by its name, but ours are made on the fly: make it again there.
-        kind = type(self)
-        return _new, (kind.__mro__[1], kind.fused_stock, dict(kind.fused_settings)), self.__dict__
+        return _new, _recipe(type(self)), self.__dict__
 
 
-def _new(mixin: type[Fused], stock: type[nn.Module], settings: dict[str, Any]) -> nn.Module:
-    made = subclass(mixin, stock, **settings)
+def _recipe(kind: type[Fused]) -> tuple[type[Fused], Any, dict[str, Any]]:
+    """The arguments of `subclass`; the class that it replaced may be one of ours, too."""
+    stock = kind.fused_stock
+    from_ours = _recipe(stock) if issubclass(stock, Fused) else stock
+    return kind.__mro__[1], from_ours, dict(kind.fused_settings)
+
+
+def _new(mixin: type[Fused], stock: Any, settings: dict[str, Any]) -> nn.Module:
+    made = _kind(mixin, stock, settings)
     return made.__new__(made)
+
+
+def _kind(mixin: type[Fused], stock: Any, settings: dict[str, Any]) -> type[Fused]:
+    return subclass(mixin, _kind(*stock) if isinstance(stock, tuple) else stock, **settings)
 
 
 def subclass(mixin: type[Fused], stock: type[nn.Module], **settings: Any) -> type[Fused]:
@@ -86,7 +96,7 @@ def put(module: nn.Module, swap: Swap) -> None:
 def give_back(model: nn.Module) -> None:
     """Gives every module of `model` its stock class."""
     for module in model.modules():
-        if isinstance(module, Fused):
+        while isinstance(module, Fused):
             module.__class__ = type(module).fused_stock  # type: ignore[assignment]
 
 

@@ -7,27 +7,20 @@ weights, computes what the layer's own forward computes.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from lmfuse import functional
 from lmfuse.functional import DecoderExperts, DecoderLayer, DecoderLinear, DecoderNorm
-from lmfuse.hf import attention, norm, rope, swap
+from lmfuse.hf import attention, decoder_small, norm, rope, swap
 from lmfuse.hf.attention_modules import FusedAttention
 from lmfuse.modules import QuantizedExperts, QuantizedLinear, experts
 from lmfuse.modules.decoder import described_linear
-
-# Under this name the attention interface knows a function that writes down what it is asked for.
-_PROBE = "lmfuse_probe"
-_ASKED = "_lmfuse_asked"
 
 # How the parts are called in transformers.
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention")
@@ -209,13 +202,13 @@ def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
     tables = rope._tables(model, f"{name}.{attn_name}")
     if isinstance(attn, rope.FusedRope) and not tables:
         return "no table of its RoPE was found"
-    x = swap.random(swap.generator(), 1, 6, _HIDDEN)
+    x = swap.random(swap.generator(), 1, 6, decoder_small.HIDDEN)
     try:
-        small = _small(layer, parts)
-        expected = _run(small, parts, x, tables)
+        small = decoder_small.small_copy(layer, parts)
+        expected = decoder_small.run(small, parts, x, tables, _called(small, _ALIBI))
     except Exception as error:  # it is foreign code
         return f"its forward refused a test input: {error}"
-    asked = vars(small.get_submodule(attn_name)).get(_ASKED)
+    asked = vars(small.get_submodule(attn_name)).get(decoder_small.ASKED)
     pair = isinstance(expected, tuple) and len(expected) == 2 and expected[1] is None
     parts, expected = replace(parts, pair=pair), expected[0] if pair else expected
     if asked is None or not isinstance(expected, Tensor):
@@ -360,138 +353,6 @@ def _check_complete(layer: nn.Module, form: Form) -> None:
     known = {id(t) for m in parts for t in (*m.parameters(), *m.buffers())}
     if any(id(t) not in known for t in (*layer.parameters(), *layer.buffers())):
         raise _UnknownError("it has parameters besides those of its projections, norms and MLP")
-
-
-_HIDDEN, _INNER = 8, 12
-
-
-def _small(layer: nn.Module, form: Form) -> nn.Module:
-    """A copy with few hidden features and random weights, whose forwards are the stock ones (but
-    for norms, which `hf.norm` has tried)."""
-    random = swap.generator()
-    count = len(form.projections)
-    sizes: dict[int, tuple[int | None, int | None]] = {}  # out, in; None: as it is
-    for i, linear in enumerate(form.linears(layer)):
-        if i < count:
-            sizes[id(linear)] = None, _HIDDEN
-        elif i == count:
-            sizes[id(linear)] = _HIDDEN, None
-        elif i == count + len(form.mlp):
-            sizes[id(linear)] = _HIDDEN, _INNER
-        else:
-            halves = 2 if form.mlp[0].endswith("gate_up_proj") else 1
-            sizes[id(linear)] = halves * _INNER, _HIDDEN
-    instead = _small_mixture(random, layer, form)
-    norms = form.norm_modules(layer)
-    norm_ids, over_heads = {id(m) for m in norms}, {id(m) for m in norms[1:3]}
-
-    def copied(module: nn.Module) -> nn.Module:
-        if id(module) in sizes:
-            return _random_linear(random, module, *sizes[id(module)])
-        if id(module) in instead:
-            return instead[id(module)]
-        new = swap.copied(module, _modules={})
-        whose = isinstance(module, FusedAttention)  # there is no other form that asks
-        if isinstance(new, swap.Fused) and id(module) not in norm_ids and not whose:
-            new.__class__ = type(new).fused_stock  # type: ignore[assignment]
-        if module._parameters:
-            n = None if id(module) in over_heads else _HIDDEN
-            new.__dict__["_parameters"] = {
-                k: None if p is None else nn.Parameter(swap.random(random, n or p.numel()))
-                for k, p in module._parameters.items()
-            }
-            if hasattr(module, "normalized_shape"):
-                new.__dict__["normalized_shape"] = tuple(new.weight.shape)  # type: ignore
-        for name, child in module._modules.items():
-            new._modules[name] = None if child is None else copied(child)
-        if module is layer.get_submodule(form.attention) and whose:
-            new.__dict__["_attend"] = partial(_attended, new)
-        elif module is layer.get_submodule(form.attention):
-            config = copy.copy(module.config)
-            vars(config)["_attn_implementation_internal"] = _PROBE
-            new.__dict__["config"] = config
-        return new
-
-    return copied(layer)
-
-
-class _Experts(nn.Module):
-    """Few features; what the experts compute was tried before."""
-
-    def __init__(self, random: torch.Generator, count: int, act: str) -> None:
-        super().__init__()
-        gate_up = swap.random(random, count, 2 * _INNER, _HIDDEN)
-        down = swap.random(random, count, _HIDDEN, _INNER)
-        self.gate_up_proj = nn.Parameter(functional.pack_experts(gate_up, 2), requires_grad=False)
-        self.down_proj = nn.Parameter(functional.pack_experts(down), requires_grad=False)
-        self.act = act
-
-    def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return functional.experts(x, index, weights, self.gate_up_proj, self.down_proj, self.act)
-
-
-def _small_mixture(random: torch.Generator, layer: nn.Module, form: Form) -> dict[int, nn.Module]:
-    """What stands in a small copy for the router and the experts."""
-    if form.router is None or form.experts is None:
-        return {}
-    router: Any = layer.get_submodule(form.router)
-    count, hidden = router.weight.shape
-    sizes = {k: _HIDDEN for k, v in vars(router).items() if type(v) is int and v == hidden}
-    weight = nn.Parameter(swap.random(random, count, _HIDDEN))
-    small = swap.copied(router, _parameters={"weight": weight}, **sizes)
-    replaced = {id(router): small}
-    module = layer.get_submodule(form.experts)
-    replaced[id(module)] = _Experts(random, count, str(form.activation))
-    return replaced
-
-
-def _random_linear(
-    random: torch.Generator, like: Any, out: int | None, inputs: int | None
-) -> nn.Linear:
-    out, inputs = out or like.out_features, inputs or like.in_features
-    biased = like.bias is not None
-    linear = nn.Linear(inputs, out, bias=biased, device="meta").to_empty(device="cpu")
-    with torch.no_grad():
-        linear.weight.copy_(swap.random(random, out, inputs) * inputs**-0.5)
-        if biased:
-            linear.bias.copy_(swap.random(random, out))
-    return linear
-
-
-def _probed(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What the attention interface calls for small copies."""
-    vars(module)[_ASKED] = (query.shape, key.shape, kwargs)
-    return attention.attention(module, query, key, *args, **kwargs)
-
-
-def _attended(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: Any,
-    mask: Any,
-    scale: float,
-    output_attentions: bool = False,
-    **bias: Any,
-) -> Any:
-    """The same for those that ask for themselves."""
-    options: dict[str, Any] = {"scaling": scale, **bias}
-    vars(module)[_ASKED] = (*(x.transpose(1, 2).shape for x in (query, key)), options)
-    return type(module)._attend(module, query, key, value, cache, mask, scale, **bias)
-
-
-def _run(small: nn.Module, form: Form, x: Tensor, tables: list[tuple[Tensor, Tensor]]) -> Any:
-    transformers.AttentionInterface.register(_PROBE, _probed)
-    kwargs: dict[str, Any] = {"attention_mask": None, form.cache: None}
-    if tables:
-        kwargs["position_embeddings"] = tables[0]
-    kwargs["position_ids"] = torch.arange(x.shape[1]).unsqueeze(0)
-    if (alibi := _called(small, _ALIBI)) is not None:  # Falcon has it or RoPE
-        wanted = getattr(getattr(small, "config", None), "alibi", True)
-        heads = getattr(small.get_submodule(form.attention), "num_heads", 1)
-        kwargs[alibi] = torch.zeros(heads, 1, x.shape[1]) if wanted else None
-    return small.forward(x, **kwargs)
 
 
 def _candidates(

@@ -40,7 +40,7 @@ Tensor experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor do
   c.k = k;
   Tensor y = new_result(x, k);
   if (!c.rows()) {
-    std::memset(y.mutable_data_ptr(), 0, c.tokens * k * c.element());
+    if (c.tokens) std::memset(y.mutable_data_ptr(), 0, c.tokens * k * c.element());
     return y;
   }
   x = torch::stable::contiguous(x);

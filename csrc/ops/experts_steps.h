@@ -225,7 +225,7 @@ class ExpertsWorker {
   }
 
   // This worker's part of the products of all experts, `panels` of each: f(expert, begin, end) in
-  // panels of row blocks. A panel is read for a few rows as for one: they cost as much as eight.
+  // panels of row blocks. A panel is read for a few rows as for one: they count as eight.
   template <class F>
   void multiply(int64_t panels, const F& f) {
     const auto cost = [](const Expert& e) { return std::clamp<int64_t>(e.count, 8, kRowBlock); };

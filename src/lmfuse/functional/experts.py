@@ -117,6 +117,11 @@ def pack_experts(weight: Tensor, parts: int = 1, rounded: bool = False) -> Packe
     return PackedExperts(packed, n, k, plain.dtype, kind, parts)
 
 
+def panel_rows(n: int) -> int:
+    """The rows that a quantized matrix of n rows takes among others: whole panels."""
+    return -(-n // _PANEL) * _PANEL
+
+
 def expert_rows(weight: Tensor, parts: int = 1) -> Tensor:
     """The matrices of experts one below the other, as `pack_quantized` is to be given them
 
@@ -137,7 +142,7 @@ def expert_rows(weight: Tensor, parts: int = 1) -> Tensor:
             "empty"
         )
     matrices = weight.reshape(weight.shape[0] * parts, -1, weight.shape[2])
-    short = -matrices.shape[1] % _PANEL
+    short = panel_rows(matrices.shape[1]) - matrices.shape[1]
     padded = torch.nn.functional.pad(matrices, (0, 0, 0, short)) if short else matrices
     return padded.flatten(0, 1)
 

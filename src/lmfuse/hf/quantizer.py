@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmfuse.functional import QuantizedFormat, quantized_format
+from lmfuse.functional.experts import panel_rows
 from lmfuse.modules import QuantizedLinear, experts
 from lmfuse.quantization import model as quantized
 from lmfuse.quantization.compute import choose_compute
@@ -211,8 +212,8 @@ def _experts_arrived(
         weight = _bytes(f"{name}.{part}", given, config, awaiting.of_file, parts)
         format = _format(f"{name}.{part}", weight)
         count, rows, columns = shape
-        panels = -(-rows // parts // 32) * 32  # each matrix begins a panel
-        if (format.out_features, format.in_features) != (count * parts * panels, columns):
+        wanted = count * parts * panel_rows(rows // parts)
+        if (format.out_features, format.in_features) != (wanted, columns):
             raise ValueError(
                 f"{name}.{part} is quantized ({format.out_features}, {format.in_features}), but "
                 f"the model's is {shape}"

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lmfuse import functional
 from lmfuse.functional import QuantizedFormat, _check
+from lmfuse.functional.experts import panel_rows
 from lmfuse.functional.quantized import _check_bytes
 
 
@@ -43,7 +44,7 @@ class QuantizedExperts(nn.Module):
             _check_bytes(name, weight)
         f, d = functional.quantized_format(gate_up), functional.quantized_format(down)
         self.hidden_features, self.inner_features = f.in_features, d.in_features
-        rows = [-(-n // 32) * 32 for n in (self.hidden_features, self.inner_features)]
+        rows = [panel_rows(n) for n in (self.hidden_features, self.inner_features)]
         self.num_experts = d.out_features // rows[0]
         sizes = (self.num_experts * 2 * rows[1], self.num_experts * rows[0])
         if (f.out_features, d.out_features) != sizes or not self.num_experts:
@@ -82,8 +83,7 @@ class QuantizedExperts(nn.Module):
             (self.down, self.hidden_features),
         ):
             values = functional.dequantize(weight)
-            panels = -(-rows // 32) * 32
-            matrices = values.view(-1, panels, values.shape[1])[:, :rows]
+            matrices = values.view(-1, panel_rows(rows), values.shape[1])[:, :rows]
             found.append(matrices.reshape(self.num_experts, -1, values.shape[1]))
         return found[0], found[1]
 

@@ -13,60 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from lmfuse import functional
+from lmfuse.generation.cached import Cached
 from lmfuse.generation.slots import Slots
 
 _DTYPES = (None, torch.int8)
-
-
-class Cached(Tensor):
-    """Keys or values [batch, kv_heads, visible, dim] that still lie in a cache.
-
-    Every operation of torch on it gathers them first, so code that knows nothing of lmfuse gets
-    what it expects.
-    """
-
-    layer: Layer
-    part: str
-    version: int
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def of(layer: Layer, part: str) -> Cached:
-        """The `part`, "keys" or "values", that the last update of `layer` made visible."""
-        arena = getattr(layer, part[:-1] + "_arena")
-        shape = (layer.slots.batch, arena.shape[0], layer.slots.visible, arena.shape[2])
-        new: Cached = torch.Tensor._make_wrapper_subclass(Cached, shape, dtype=layer.dtype)
-        new.layer, new.part, new.version = layer, part, layer.slots.version
-        return new
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        args, kwargs = tree_map(_gathered, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def gathered(self) -> Tensor:
-        """A plain tensor with these keys or values.
-
-        Raises:
-            RuntimeError: the cache has changed since `update` returned them.
-        """
-        if self.version != self.layer.slots.version:
-            raise RuntimeError(
-                f"the {self.part} that a cache's update returned were read after the cache changed"
-            )
-        return self.layer.gather(self.part, self.layer.slots.visible)
-
-
-def _gathered(x: Any) -> Any:
-    return x.gathered() if isinstance(x, Cached) else x
 
 
 class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]

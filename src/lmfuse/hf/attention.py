@@ -23,7 +23,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import output_capturing
 
 from lmfuse import functional
-from lmfuse.generation.cache import Cached
+from lmfuse.generation.cached import Cached
 from lmfuse.generation.tuples import Appended
 
 NAME, PAGED_NAME = "lmfuse", "lmfuse_flash"

@@ -99,17 +99,21 @@ class Run:
         self.looping = False  # in a loop that we know
         self.last: Tensor | None = None  # the mask of the next step,
         self.room = torch.empty(0)  # of which it is a part,
-        self.hides = False  # and whether it hides anything
+        self.hides = False  # whether it hides anything,
+        self.padding: list[int] | None = None  # and of each row how many positions, if the first
         self.parts: _Parts | None = None
         self.looked = False
-        self.position: int | None = None  # the largest of the next step,
-        self.padding: list[int] | None = None  # and how many hidden ones precede each row
+        self.position: int | None = None  # the largest of the next step, where that is known
 
     def longer(self, mask: Tensor) -> Tensor:
         """`mask` with a one more in each row."""
         count = mask.shape[1] + 1
+        if mask is not self.last:
+            seen = mask.bool()
+            self.hides = not bool(seen.all())
+            holes = self.hides and bool((seen[:, 1:] < seen[:, :-1]).any())
+            self.padding = None if holes else (~seen).sum(1).tolist()
         if mask is not self.last or count > self.room.shape[1]:
-            self.hides = not bool(mask.all())
             self.room = mask.new_ones((mask.shape[0], count + _ROOM))
             self.room[:, : count - 1] = mask
         self.last = self.room[:, :count]
@@ -119,14 +123,12 @@ class Run:
         """The logits [batch, 1, vocabulary], or None if the forward of the model has to say."""
         if not self.looping or not _GIVEN - {"attention_mask"} <= kwargs.keys() <= KNOWN:
             return None
-        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        if ids is None or ids.shape[-1] != 1 or not (mask is None or mask is self.last):
+        ids = kwargs["input_ids"]
+        if ids is None or ids.shape[-1] != 1:
             return None
-        parts = self._prepared()
-        if parts is None:
-            return None
-        seen = mask.bool() if mask is not None and self.hides else None
-        return parts(ids, kwargs["position_ids"], seen, kwargs["past_key_values"])
+        self.position = None
+        found = self._step(ids, kwargs)
+        return None if found is None else found[0]
 
     def next(
         self, tokens: Tensor, model_kwargs: dict[str, Any], all_ids: Callable[[], Tensor]
@@ -138,47 +140,43 @@ class Run:
             model_kwargs: as `_update_model_kwargs_for_generation` left them; they go on.
             all_ids: [batch, tokens], until now.
         """
-        ids, parts = tokens.unsqueeze(1), self._prepared()
-        cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
-        positions: Tensor = model_kwargs["position_ids"]
-        found = None
-        if parts is not None and (mask is None or mask is self.last):
-            if self.position is None:
-                self.position, self.padding = int(positions.max()), self._padding(mask, len(ids))
-            if self.padding is not None:
-                found = parts.whole(ids, positions, self.position, self.padding, cache)
-            if found is None:
-                seen = mask.bool() if mask is not None and self.hides else None
-                logits = parts(ids, positions, seen, cache)
-                found = None if logits is None else (logits, None)
+        found = self._step(tokens.unsqueeze(1), model_kwargs)
         if found is None:
+            self.position = None
             inputs = self.model.prepare_inputs_for_generation(
                 all_ids(), next_sequence_length=1, **model_kwargs
             )
             outputs = self.model(**inputs, return_dict=True)
             self.model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            self.position = None
             return outputs.logits[:, -1], None
-        model_kwargs["position_ids"] = positions + 1
-        self.position += 1
-        if mask is not None:
+        model_kwargs["position_ids"] = model_kwargs["position_ids"] + 1
+        if self.position is not None:
+            self.position += 1
+        if (mask := model_kwargs.get("attention_mask")) is not None:
             model_kwargs["attention_mask"] = self.longer(mask)
-        return found[0][:, -1], None if found[1] is None else found[1][:, -1]
+        logits, largest = found
+        return logits[:, -1], None if largest is None else largest[:, -1]
 
-    def _padding(self, mask: Tensor | None, rows: int) -> list[int] | None:
-        """Of each row how many positions are hidden, if these are its first."""
-        if mask is None or not self.hides:
-            return [0] * rows
-        seen = mask.bool()
-        if bool((seen[:, 1:] < seen[:, :-1]).any()):
-            return None
-        padding: list[int] = (~seen).sum(1).tolist()
-        return padding
-
-    def _prepared(self) -> _Parts | None:
+    def _step(
+        self, ids: Tensor, given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, None] | None:
+        """Logits, and where they are largest, if that is known."""
+        mask = given.get("attention_mask")
         if not self.looked:
             self.parts, self.looked = _parts(self.model), True
-        return self.parts
+        if self.parts is None or not (mask is None or mask is self.last):
+            return None
+        positions, cache = given["position_ids"], given["past_key_values"]
+        padding = [0] * len(ids) if mask is None else self.padding
+        if padding is not None and self.parts.ends is not None:
+            if self.position is None:
+                self.position = int(positions.max())
+            found = self.parts.whole(ids, positions, self.position, padding, cache)
+            if found is not None:
+                return found
+        seen = mask.bool() if mask is not None and self.hides else None
+        logits = self.parts(ids, positions, seen, cache)
+        return None if logits is None else (logits, None)
 
 
 class _Here(threading.local):
@@ -346,35 +344,53 @@ class _Parts:
     def _ends(self, embedded: list[tuple[str, float]]) -> functional.DecoderEnds | None:
         """What is around the layers for the op; None if it is more, or looked at."""
         norm, head, dtype = self.norm, self.head, self.stack.dtype
-        table = _table(self.embedding, dtype)
         of_norm: Any = getattr(norm, "weight", None)
         if (
-            table is None
+            dtype is None
             or Parts([self.embedding, norm, head]).watched()
             or not isinstance(norm, (FusedNorm, FusedLayerNorm))
             or of_norm is None
             or of_norm.dtype is not dtype
             or not decoder._runs(head)
             or (type(head.weight) is PackedWeight and not _exact(head.weight, dtype))
-            or [how for how, _ in embedded] not in ([], ["times"])
         ):
             return None
-        scale = embedded[0][1] if embedded else 1.0
+        table, scale = _table(self.embedding, dtype), _scale(self.embedding, dtype)
+        if embedded and scale == 1.0 and embedded[0][0] == "times":
+            scale = embedded[0][1]
+        elif embedded:
+            return None
+        if table is None or scale is None:
+            return None
         return functional.DecoderEnds(table, described_norm(norm), described_linear(head), scale)
 
 
-def _table(embedding: Any, dtype: torch.dtype | None) -> Any:
-    """What the op reads rows of in place of `embedding`; None if that does more than read them."""
+def _table(embedding: Any, dtype: torch.dtype) -> Any:
+    """What the op reads rows of in place of `embedding`, or None."""
     if isinstance(embedding, QuantizedEmbedding):
-        ours = type(embedding).forward is QuantizedEmbedding.forward
-        return embedding.weight if ours and embedding.like.dtype is dtype else None
-    if type(embedding).forward is not nn.Embedding.forward or embedding.max_norm is not None:
-        return None
-    weight = embedding.weight
+        return embedding.weight if embedding.like.dtype is dtype else None
+    weight = getattr(embedding, "weight", None)
     if type(weight) is PackedWeight:
         return weight if _exact(weight, dtype) else None
-    plain = weight.dtype is dtype and weight.is_contiguous() and weight.is_cpu
-    return weight if plain else None
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype is dtype and weight.is_cpu
+    return weight if plain and weight.is_contiguous() else None
+
+
+def _scale(embedding: Any, dtype: torch.dtype) -> float | None:
+    """What `embedding` multiplies rows by; None if it does something else."""
+    forward = type(embedding).forward
+    if forward is QuantizedEmbedding.forward:
+        return 1.0
+    if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+        return None
+    if forward is nn.Embedding.forward:
+        return 1.0
+    numbers = [b for b in embedding._buffers.values() if b is not None and b.numel() == 1]
+    step = max(1, embedding.num_embeddings // 64)
+    ids = torch.arange(0, embedding.num_embeddings, step)
+    found, rows = embedding.forward(ids), nn.Embedding.forward(embedding, ids)
+    scales = (float(number.to(dtype)) for number in numbers)
+    return next((scale for scale in scales if torch.equal(rows * scale, found)), None)
 
 
 def _exact(weight: PackedWeight, dtype: torch.dtype | None) -> bool:

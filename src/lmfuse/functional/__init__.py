@@ -38,6 +38,7 @@ from lmfuse.functional.paged_attention import (
 from lmfuse.functional.quantized import (
     Quantized,
     QuantizedFormat,
+    copy_quantized,
     dequantize,
     pack_quantized,
     quantized_format,
@@ -63,6 +64,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "attention",
+    "copy_quantized",
     "decoder",
     "decoder_logits",
     "decoder_stack",

@@ -24,7 +24,7 @@ from transformers.utils import output_capturing
 
 from lmfuse import functional
 from lmfuse.functional import PackedExperts, PackedWeight
-from lmfuse.generation.cache import Cache, Layer
+from lmfuse.generation.cache import Cache
 from lmfuse.generation.slots import Slots
 from lmfuse.hf import attention, spies, swap
 from lmfuse.hf.decoder_form import CACHE, Form, asks_ours, find

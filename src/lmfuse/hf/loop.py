@@ -21,7 +21,7 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from lmfuse import functional
 from lmfuse.generation.cache import Cache
@@ -143,8 +143,8 @@ class _Loop:
         self.model, self.steps, self.settings = model, steps, settings
         self.processors, self.criteria, self.streamer = processors, criteria, streamer
         recorded = settings.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if recorded and settings.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if recorded and settings.output_logits else None
+        self.scores: Any = () if recorded and settings.output_scores else None  # a tuple
+        self.logits: Any = () if recorded and settings.output_logits else None
 
     def run(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
         """See transformers' `GenerationMixin._sample`."""
@@ -169,8 +169,9 @@ class _Loop:
             self.streamer.end()
         if not settings.return_dict_in_generate:
             return self._all()
+        ids: Any = self._all()
         return GenerateDecoderOnlyOutput(
-            sequences=self._all(),
+            sequences=ids,
             scores=self.scores,
             logits=self.logits,
             past_key_values=model_kwargs["past_key_values"],

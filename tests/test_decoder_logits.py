@@ -214,7 +214,7 @@ def test_refused_ends() -> None:
         DecoderEnds(plain.T, None, head)
     with refused("embedding has shape"):
         DecoderEnds(plain[0], None, head)
-    with refused("norm before the head"):
+    with refused("the weight of norm"):
         DecoderEnds(plain, norm(HIDDEN + 1, F32), head)
     with refused("quantized|packed", TypeError):
         DecoderEnds(plain, None, DecoderLinear(plain))

@@ -245,10 +245,10 @@ class DecoderEnds:
         place = _placing(parameters)
         if isinstance(embedding, PackedWeight):
             integers, self.dtype = [0, place(embedding.packed), -1], embedding.packed_dtype
-        elif embedding.dtype is torch.uint8:  # read as values, whatever a product computes in
+        elif getattr(embedding, "dtype", None) is torch.uint8:  # read as values, whatever a product computes in
             integers = [0, place(embedding), 0]
             self.dtype = torch.float32 if norm is None else norm.weight.dtype
-        elif embedding.dim() != 2 or not embedding.is_contiguous() or not embedding.numel():
+        elif _check.held("embedding", embedding).dim() != 2 or not embedding.is_contiguous() or not embedding.numel():
             raise ValueError(
                 f"embedding has shape {tuple(embedding.shape)} and strides {embedding.stride()}, "
                 "but must be a contiguous matrix"
@@ -258,9 +258,20 @@ class DecoderEnds:
             self.dtype = embedding.dtype
         of_norm, numbers = _norm_row(norm, place)
         layout = [*integers, *of_norm, *_linear_row("head", head, place)]
-        given = parameters, torch.tensor([layout]), torch.tensor([[*numbers, scale]]).double()
+        floats = torch.tensor([[*numbers, scale]], dtype=torch.float64)
+        given = parameters, torch.tensor([layout]), floats
+        of_all = {
+            "embedding": embedding,
+            "the weight of norm": None if norm is None else norm.weight,
+            "the bias of norm": None if norm is None else norm.bias,
+            "the weight of head": head.weight,
+            "the bias of head": head.bias,
+        }
+        names = [name for name, x in of_all.items() if x is not None]
         with torch.no_grad():
-            self._number: int = call(_open_ends, *given, check=_check_stack)
+            self._number: int = call(
+                _open_ends, *given, check=lambda *_: _check_parameters(names, parameters)
+            )
         weakref.finalize(self, _close_ends, self._number).atexit = False
         _ends[self._number] = self
 
@@ -517,16 +528,20 @@ def _joined(**given: Any) -> list[Tensor]:
 
 
 def _check_stack(parameters: list[Tensor], layout: Tensor, numbers: Tensor) -> None:
-    for i, x in enumerate(parameters):
-        name = f"parameters[{i}]"
+    names = [f"parameters[{i}]" for i in range(len(parameters))]
+    _check_parameters(names, parameters)
+    _check.held("layout", layout, (torch.int64,))
+    _check.held("numbers", numbers, (torch.float64,))
+
+
+def _check_parameters(names: Sequence[str], parameters: list[Tensor]) -> None:
+    for name, x in zip(names, parameters, strict=True):
         _check.held(name, x, (*_check.FLOATS, torch.uint8))
         if x.dim() != 1 or not x.is_contiguous():
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} and strides {x.stride()}, but must have one "
                 "dimension and be contiguous"
             )
-    _check.held("layout", layout, (torch.int64,))
-    _check.held("numbers", numbers, (torch.float64,))
 
 
 def _check_caches(tensors: list[Tensor]) -> None:
@@ -596,7 +611,12 @@ def _check_logits(
         if type(column) is not int:
             raise TypeError(f"columns has {type(column).__name__}, but must have int")
     if position_ids is not None:
-        _check.held("position_ids", position_ids, (torch.int64,))
+        shape = tuple(_check.held("position_ids", position_ids, (torch.int64,)).shape)
+        batch, tokens = input_ids.shape
+        if shape not in ((1, tokens), (batch, tokens)):
+            raise ValueError(
+                f"position_ids has shape {shape}, but must be [1 or {batch}, {tokens}]"
+            )
     _check_angles(angles, input_ids.shape, position_ids is not None)
 
 

@@ -247,7 +247,7 @@ def _logits() -> Arguments:
         "input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "ends": ends, "stack": one["stack"],
         "caches": one["caches"], "tables": (one["block_tables"],), "columns": (3, 0, 0),
         "cos": (torch.randn(9, 16),), "sin": (torch.randn(9, 16),),
-        "position_ids": torch.tensor([[0, 1, 2], [3, 4, 5]]),
+        "positions": (0, 3),
     }  # fmt: skip
 
 

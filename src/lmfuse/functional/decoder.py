@@ -245,10 +245,16 @@ class DecoderEnds:
         place = _placing(parameters)
         if isinstance(embedding, PackedWeight):
             integers, self.dtype = [0, place(embedding.packed), -1], embedding.packed_dtype
-        elif getattr(embedding, "dtype", None) is torch.uint8:  # read as values, whatever a product computes in
+        elif (
+            getattr(embedding, "dtype", None) is torch.uint8
+        ):  # read as values, whatever a product computes in
             integers = [0, place(embedding), 0]
             self.dtype = torch.float32 if norm is None else norm.weight.dtype
-        elif _check.held("embedding", embedding).dim() != 2 or not embedding.is_contiguous() or not embedding.numel():
+        elif (
+            _check.held("embedding", embedding).dim() != 2
+            or not embedding.is_contiguous()
+            or not embedding.numel()
+        ):
             raise ValueError(
                 f"embedding has shape {tuple(embedding.shape)} and strides {embedding.stride()}, "
                 "but must be a contiguous matrix"
@@ -473,7 +479,7 @@ def decoder_logits(
     columns: Sequence[int],
     cos: Sequence[Tensor] = (),
     sin: Sequence[Tensor] = (),
-    position_ids: Tensor | None = None,
+    positions: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """A whole model: from tokens to logits, `decoder` between the two of `ends`.
 
@@ -487,8 +493,9 @@ def decoder_logits(
             in order.
         columns: for each kind 1 + batch numbers: e, then b of each row. The row sees the columns
             [b, e) of its table, and its new tokens go into the last of them.
-        cos, sin: for each kind [batch or 1, tokens, width]; with position_ids [positions, width].
-        position_ids: [1 or batch, tokens] int64, rows of cos and sin.
+        cos, sin: for each kind [batch or 1, tokens, width]; with positions [positions, width].
+        positions: of the first token of each row, or none: which row of cos and sin it takes; its
+            next token takes the next.
 
     Returns:
         logits [batch, tokens, vocabulary], of the dtype of `ends`, and `argmax` of these.
@@ -498,12 +505,11 @@ def decoder_logits(
     """
     if torch.is_grad_enabled():
         with torch.no_grad():
-            given = caches, tables, columns, cos, sin, position_ids
+            given = caches, tables, columns, cos, sin, positions
             return decoder_logits(input_ids, ends, stack, *given)
     held = _caches(caches)
     numbers = stack._number, ends._number, held._number
-    rows = [*tables], [*columns], [*cos, *sin]
-    args = (input_ids, *numbers, *rows, position_ids)
+    args = (input_ids, *numbers, [*tables], [*columns], [*cos, *sin], [*positions])
     result: tuple[Tensor, Tensor] = call(_logits, *args, check=_check_logits)
     return result
 
@@ -598,7 +604,7 @@ def _check_logits(
     tables: list[Tensor],
     columns: list[int],
     angles: list[Tensor],
-    position_ids: Tensor | None,
+    positions: list[int],
 ) -> None:
     if _check.held("input_ids", input_ids, (torch.int64,)).dim() != 2 or not input_ids.numel():
         raise ValueError(
@@ -607,17 +613,13 @@ def _check_logits(
         )
     for x in tables:
         _check_rows("tables", x, 2)
-    for column in columns:
-        if type(column) is not int:
-            raise TypeError(f"columns has {type(column).__name__}, but must have int")
-    if position_ids is not None:
-        shape = tuple(_check.held("position_ids", position_ids, (torch.int64,)).shape)
-        batch, tokens = input_ids.shape
-        if shape not in ((1, tokens), (batch, tokens)):
-            raise ValueError(
-                f"position_ids has shape {shape}, but must be [1 or {batch}, {tokens}]"
-            )
-    _check_angles(angles, input_ids.shape, position_ids is not None)
+    for name, numbers in (("columns", columns), ("positions", positions)):
+        for number in numbers:
+            if type(number) is not int:
+                raise TypeError(f"{name} has {type(number).__name__}, but must have int")
+    if len(positions) not in (0, len(input_ids)):
+        raise ValueError(f"there are {len(positions)} positions for {len(input_ids)} rows")
+    _check_angles(angles, input_ids.shape, bool(positions))
 
 
 def _check_rows(name: str, x: Tensor, dims: int) -> None:

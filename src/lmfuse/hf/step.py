@@ -21,7 +21,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lmfuse.generation.cache import Cache
-from lmfuse.hf.step_parts import Form, StepParts, found
+from lmfuse.hf.step_parts import Form, StepParts, look
 
 # What a step is given, and what else of no consequence.
 _GIVEN = {"input_ids", "past_key_values", "position_ids", "attention_mask"}
@@ -67,11 +67,12 @@ class Run:
         self.padding: list[int] | None = None  # and of each row how many positions, if the first
         self.parts: StepParts | None = None
         self.looked = False
-        self.position: int | None = None  # the largest of the next step, where that is known
+        self.positions: list[int] | None = None  # of the next step, where they are known,
+        self.ahead = 0  # by so many tokens of what the model would be given
 
-    def longer(self, mask: Tensor) -> Tensor:
-        """`mask` with a one more in each row."""
-        count = mask.shape[1] + 1
+    def longer(self, mask: Tensor, count: int = 1) -> Tensor:
+        """`mask` with so many ones more in each row."""
+        count += mask.shape[1]
         if mask is not self.last:
             seen = mask.bool()
             self.hides = not bool(seen.all())
@@ -79,7 +80,7 @@ class Run:
             self.padding = None if holes else (~seen).sum(1).tolist()
         if mask is not self.last or count > self.room.shape[1]:
             self.room = mask.new_ones((mask.shape[0], count + _ROOM))
-            self.room[:, : count - 1] = mask
+            self.room[:, : mask.shape[1]] = mask
         self.last = self.room[:, :count]
         return self.last
 
@@ -87,60 +88,78 @@ class Run:
         """The logits [batch, 1, vocabulary], or None if the forward of the model has to say."""
         if not self.looping or not _GIVEN - {"attention_mask"} <= kwargs.keys() <= KNOWN:
             return None
-        ids = kwargs["input_ids"]
-        if ids is None or ids.shape[-1] != 1:
+        ids, positions = kwargs["input_ids"], kwargs["position_ids"]
+        if ids is None or ids.shape[-1] != 1 or positions is None:
             return None
-        self.position = None
-        logits = self._step(ids, kwargs)
-        return None if logits is None else logits[0]
+        whole = self._whole(ids, _of_rows(positions, len(ids)), kwargs)
+        return self._by_parts(ids, kwargs) if whole is None else whole[0]
 
     def next(
         self, tokens: Tensor, model_kwargs: dict[str, Any], all_ids: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """The logits [batch, vocabulary] after `tokens`, [batch]; and where they are largest, if
-        the op has looked.
+        """The logits [batch, 1, vocabulary] after `tokens`, [batch, 1]; and where they are largest,
+        if the op has looked.
 
         Args:
-            model_kwargs: as `_update_model_kwargs_for_generation` left them; they go on.
+            model_kwargs: as `_update_model_kwargs_for_generation` left them; they go on, but lag
+                behind while nobody needs them.
             all_ids: [batch, tokens], until now.
         """
-        known = self._step(tokens.unsqueeze(1), model_kwargs)
-        if known is None:
-            self.position = None
-            inputs = self.model.prepare_inputs_for_generation(
-                all_ids(), next_sequence_length=1, **model_kwargs
-            )
-            outputs = self.model(**inputs, return_dict=True)
-            self.model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            return outputs.logits[:, -1], None
-        model_kwargs["position_ids"] = model_kwargs["position_ids"] + 1
-        if self.position is not None:
-            self.position += 1
-        if (mask := model_kwargs.get("attention_mask")) is not None:
-            model_kwargs["attention_mask"] = self.longer(mask)
-        logits, largest = known
-        return logits[:, -1], None if largest is None else largest[:, -1]
+        if self.positions is None:
+            self.positions = _of_rows(model_kwargs["position_ids"], len(tokens))
+        whole = self._whole(tokens, self.positions, model_kwargs)
+        if whole is not None:
+            self.positions = [position + 1 for position in self.positions]
+            self.ahead += 1
+            return whole
+        self._catch_up(model_kwargs)
+        logits = self._by_parts(tokens, model_kwargs)
+        if logits is not None:
+            self.ahead = 1
+            self._catch_up(model_kwargs)
+            return logits, None
+        inputs = self.model.prepare_inputs_for_generation(
+            all_ids(), next_sequence_length=1, **model_kwargs
+        )
+        outputs = self.model(**inputs, return_dict=True)
+        self.model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        return outputs.logits[:, -1:], None
 
-    def _step(
-        self, ids: Tensor, given: dict[str, Any]
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, None] | None:
-        """Logits, and where they are largest, if that is known."""
-        mask = given.get("attention_mask")
-        if not self.looked:
-            self.parts, self.looked = found(self.model), True
-        if self.parts is None or not (mask is None or mask is self.last):
-            return None
-        positions, cache = given["position_ids"], given["past_key_values"]
+    def _catch_up(self, model_kwargs: dict[str, Any]) -> None:
+        if self.ahead:
+            model_kwargs["position_ids"] = model_kwargs["position_ids"] + self.ahead
+            if (mask := model_kwargs.get("attention_mask")) is not None:
+                model_kwargs["attention_mask"] = self.longer(mask, self.ahead)
+        self.positions, self.ahead = None, 0
+
+    def _whole(
+        self, ids: Tensor, positions: list[int], given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Logits and where they are largest, by one op."""
+        parts, mask = self._looked(), given.get("attention_mask")
         padding = [0] * len(ids) if mask is None else self.padding
-        if padding is not None and self.parts.ends is not None:
-            if self.position is None:
-                self.position = int(positions.max())
-            whole = self.parts.whole(ids, positions, self.position, padding, cache)
-            if whole is not None:
-                return whole
+        if parts is None or padding is None or not (mask is None or mask is self.last):
+            return None
+        return parts.whole(ids, positions, padding, given["past_key_values"])
+
+    def _by_parts(self, ids: Tensor, given: dict[str, Any]) -> Tensor | None:
+        """Logits, module by module."""
+        parts, mask = self._looked(), given.get("attention_mask")
+        if parts is None or not (mask is None or mask is self.last):
+            return None
         seen = mask.bool() if mask is not None and self.hides else None
-        logits = self.parts(ids, positions, seen, cache)
-        return None if logits is None else (logits, None)
+        return parts(ids, given["position_ids"], seen, given["past_key_values"])
+
+    def _looked(self) -> StepParts | None:
+        if not self.looked:
+            self.parts, self.looked = look(self.model), True
+        return self.parts
+
+
+def _of_rows(positions: Tensor, rows: int) -> list[int]:
+    """[rows, 1], or [1, 1] for all."""
+    given: list[int] = positions.flatten().tolist()
+    return given if len(given) == rows else given * rows
 
 
 class _Here(threading.local):

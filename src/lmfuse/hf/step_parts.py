@@ -1,7 +1,7 @@
 """What a step of `generate` consists of, besides the layers, and whether one op can be all of it.
 
 Which parts a model has is found out when it is joined, by trying (`find`); whether they are still
-what they were, before the first step of each `generate` (`found`).
+what they were, before the first step of each `generate` (`look`).
 """
 
 from __future__ import annotations
@@ -85,15 +85,15 @@ class StepParts:
         return None if y is None else self._changed(self.head(self.norm(y)))
 
     def whole(
-        self, ids: Tensor, positions: Tensor, last: int, hidden: Sequence[int], cache: Any
+        self, ids: Tensor, positions: Sequence[int], hidden: Sequence[int], cache: Any
     ) -> tuple[Tensor, Tensor] | None:
         """The same by one op, and the tokens of the largest logits; None if that cannot be.
 
         Args:
-            last: the largest of the positions.
+            positions: of the token of each row.
             hidden: of each row, how many of its first positions are padding.
         """
-        if self.ends is None or not self._cover(last):
+        if self.ends is None or not self._cover(max(positions)):
             return None
         found = self.stack.logits(ids, self.ends, hidden, cache, self.tables, positions)
         if found is None or not self.logits:
@@ -178,9 +178,9 @@ def _exact(weight: PackedWeight, dtype: torch.dtype | None) -> bool:
     return not weight.rounded and weight.dtype is dtype
 
 
-def found(model: Any) -> StepParts | None:
-    """None if the forward of the model, or of the base within, is replaced or looked at, or one of
-    its numbers is another."""
+def look(model: Any) -> StepParts | None:
+    """The parts of a model as they are; None if its forward, or that of the base within, is
+    replaced or looked at, or one of its numbers is another."""
     form: Form | None = model.fused_step
     if form is None or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None

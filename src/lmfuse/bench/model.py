@@ -255,17 +255,29 @@ def _seconds(run: Callable[[], object], samples: int = 3) -> float:
 def _outside(model: Any, ids: Tensor, case: ModelCase, new: int = 12) -> float:
     """The share of a next token that is not spent in lmfuse's ops, as torch's profiler has it."""
     from transformers import LogitsProcessor, LogitsProcessorList
+    from transformers.generation.streamers import BaseStreamer
 
-    class Mark(LogitsProcessor):
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    class Mark(LogitsProcessor, BaseStreamer):
+        def put(self, value: Tensor) -> None:
             with torch.profiler.record_function(_MARK):
-                return scores
+                pass
 
+        def end(self) -> None:
+            pass
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            self.put(scores)
+            return scores
+
+    # A streamer changes nothing of a step; beams have none.
+    how: dict[str, Any] = {"streamer": Mark()}
+    if case.beams > 1:
+        how = {"logits_processor": LogitsProcessorList([Mark()])}
     with profiled() as seen:
-        _generate(model, ids, case, 1 + new, logits_processor=LogitsProcessorList([Mark()]))
+        _generate(model, ids, case, 1 + new, **how)
     events = [(e.name, e.time_range.start, e.time_range.end) for e in seen.events()]  # type: ignore[no-untyped-call]
     marks = sorted(start for name, start, _ in events if name == _MARK)
-    begin, end = marks[0], marks[-1]
+    begin, end = marks[1], marks[-1]  # the first may be that of the prompt
     ops: float = sum(
         stop - start
         for name, start, stop in events

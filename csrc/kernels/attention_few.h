@@ -26,11 +26,10 @@ struct FewPart {
 // computed together, up to a run of kRun bytes: head by head, such a cache gives up a line or two
 // at a stride that falls into few sets of the processor's caches. 1: as they lie, head by head.
 constexpr int64_t kMostTogether = 16;
-LMFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t heads_together(const AttentionArgs& a) {
   constexpr int64_t kRun = 2048;
   const auto heads = [](const KvSource& from, int64_t dim) -> int64_t {
-    if (from.scale || from.stride.head != dim || from.stride.token <= dim) return 1;
+    if (from.stride.head != dim || from.stride.token <= dim) return 1;
     return kRun / (dim * kv_bytes(from.type));
   };
   const int64_t n = smaller(heads(a.key, a.dim), heads(a.value, a.value_dim));
@@ -312,9 +311,8 @@ class FewRows {
 
   // scores[head][kKeyChunk / kPanel][kRows][kPanel] of `count` queries of each head, which lie
   // [head][words][kRows]. stage and turned: kPanel rows of width elements.
-  static void scores(KvType type, bool scaled, const FewPart& keys, int64_t width,
-                     const Input* queries, int64_t count, Input* stage, Input* turned,
-                     float* scores, LinesAhead& ahead) {
+  static void scores(KvType type, const FewPart& keys, int64_t width, const Input* queries,
+                     int64_t count, Input* stage, Input* turned, float* scores, LinesAhead& ahead) {
     with_words(type, keys.bytes, width, [&](auto word, auto direct) {
       using Word = decltype(word);
       constexpr int64_t kElements = 4 / sizeof(Word);
@@ -322,6 +320,7 @@ class FewRows {
       PanelRows<Input> rows;
       for (int64_t first = 0; first < keys.rows->count; first += kPanel)
         for (int64_t h = 0; h < keys.heads; ++h) {
+          const float* scale = keys.rows->scales(h);
           if constexpr (decltype(direct)::value) {
             rows.gather(keys, first, h, width, stage);
           } else {
@@ -331,7 +330,7 @@ class FewRows {
             const auto with = [&](auto panel) {
               score<Word, decltype(block)::value, decltype(panel)::value>(
                   rows, width / kElements, queries + h * kRows * width + r * (4 / sizeof(Input)),
-                  scaled ? keys.rows->scale + first : nullptr,
+                  scale ? scale + first : nullptr,
                   scores + kRows * (h * kKeyChunk + first) + r * kPanel,
                   reinterpret_cast<float*>(turned), direct.value, ahead);
             };

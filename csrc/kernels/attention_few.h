@@ -38,20 +38,20 @@ inline int64_t heads_together(const AttentionArgs& a) {
 }
 
 // The keys of a chunk, its values, and the first of the next keys, fetched strictly one line after
-// the other, kDistance ahead of what is read, and further while weights are computed. Into the
-// second-level cache: columns of rows are read, and line buffers of the first full of what comes
-// from memory would hold them up (Zen 4: 52 % of the bandwidth so, 87 % into the second).
-class LinesAhead {
+// the other, kDistance ahead of what is read.
+template <int64_t kDistance>
+class LinesFrom {
  public:
-  LinesAhead(FewPart keys, FewPart values, const ChunkRows& next_keys)
+  LinesFrom(FewPart keys, FewPart values, const ChunkRows& next_keys)
       : rows_{keys.rows, values.rows, &next_keys}, run_{keys.run(), values.run(), keys.run()} {
     const int64_t lead = kPanel + kDistance / run_[0], count = keys.rows->count;
-    row_ = keys.rows->row + (lead < count ? lead : count);
+    row_ = keys.rows->row + smaller(lead, count);
     last_ = keys.rows->row + count;
   }
 
   template <int N>
   LMFUSE_INLINE void fetch() {
+    if (at_ >= end_) find_run();
     if (end_ - at_ < N * 64) return fetch(N);
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) __builtin_prefetch(at_ + i * 64, 0, 2);
@@ -65,15 +65,10 @@ class LinesAhead {
       for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
     }
   }
-  // While the weights of one row of count, all heads together, are computed. Values follow at once,
-  // so the last panel of them fetches nothing.
-  void of_weights(int64_t count) { fetch(kPanel * run_[1] / 64 / count); }
 
  private:
-  static constexpr int64_t kDistance = 16384;
-
   // Rows that lie one after the other.
-  bool find_run() {
+  __attribute__((noinline)) bool find_run() {
     while (row_ == last_) {
       at_ = end_ = nullptr;
       if (part_ == 2) return false;
@@ -95,6 +90,37 @@ class LinesAhead {
   int64_t part_ = 0;
   const char *const *row_, *const *last_;
   const char *at_ = nullptr, *end_ = nullptr;
+};
+
+// Fetches into the second-level cache, further ahead while weights are computed: columns of rows
+// are read, and line buffers of the first full of what comes from memory would hold them up (Zen 4:
+// 52 % of the bandwidth so, 87 % into the second). kTwice: again shortly before, for a Zen 4 drops
+// what it has no room for, most where little is computed (84 % of the bandwidth, 90 % with it).
+template <bool kTwice>
+class LinesAhead {
+ public:
+  LinesAhead(FewPart keys, FewPart values, const ChunkRows& next_keys)
+      : first_(keys, values, next_keys),
+        again_(keys, values, next_keys),
+        of_weights_(kPanel * values.run() / 64) {}
+
+  template <int N>
+  LMFUSE_INLINE void fetch() {
+    first_.template fetch<N>();
+    if constexpr (kTwice) again_.template fetch<N>();
+  }
+  void fetch(int64_t lines) {
+    first_.fetch(lines);
+    if constexpr (kTwice) again_.fetch(lines);
+  }
+  // While the weights of one row of count, all heads together, are computed. Values follow at once,
+  // so the last panel of them fetches nothing.
+  void of_weights(int64_t count) { fetch(of_weights_ / count); }
+
+ private:
+  LinesFrom<16384> first_;
+  LinesFrom<4096> again_;
+  int64_t of_weights_;
 };
 
 // The rows of a panel of keys or values of one head: as they lie, or widened to Input.
@@ -136,8 +162,9 @@ class PanelRows {
     offset = 0;
   }
   // The same by way of stage.
+  template <class Ahead>
   void widen(KvType type, const FewPart& part, int64_t first, int64_t head, int64_t width,
-             Input* stage, int64_t lines, LinesAhead& ahead) {
+             Input* stage, int64_t lines, Ahead& ahead) {
     const int64_t left = part.rows->count - first, dim = part.bytes / kv_bytes(type);
     for (int64_t r = 0; r < kPanel; ++r) {
       Input* to = stage + r * width;
@@ -306,13 +333,13 @@ template <class Tile>
 class FewRows {
  public:
   using Input = typename Tile::Input;
-  using Ahead = LinesAhead;
+  using Ahead = LinesAhead<true>;
   static constexpr int64_t kRows = kFewRows;
 
   // scores[head][kKeyChunk / kPanel][kRows][kPanel] of `count` queries of each head, which lie
   // [head][words][kRows]. stage and turned: kPanel rows of width elements.
   static void scores(KvType type, const FewPart& keys, int64_t width, const Input* queries,
-                     int64_t count, Input* stage, Input* turned, float* scores, LinesAhead& ahead) {
+                     int64_t count, Input* stage, Input* turned, float* scores, Ahead& ahead) {
     with_words(type, keys.bytes, width, [&](auto word, auto direct) {
       using Word = decltype(word);
       constexpr int64_t kElements = 4 / sizeof(Word);
@@ -345,7 +372,7 @@ class FewRows {
   // weights: [head][count] rows.
   static void values(KvType type, const FewPart& values, int64_t width, const Input* weights,
                      int64_t weights_row, int64_t count, Input* stage, Input*, float* products,
-                     LinesAhead& ahead) {
+                     Ahead& ahead) {
     with_words(type, values.bytes, width, [&](auto stored, auto direct) {
       using Stored = decltype(stored);
       const int64_t height = block_height<kBlock>(count);
@@ -397,7 +424,7 @@ class FewRows {
   template <class Word, int R, int kWords>
   __attribute__((noinline)) static void score(const PanelRows<Input>& rows, int64_t words,
                                               const Input* queries, const float* scale, float* to,
-                                              float* turned, bool fetches, LinesAhead& ahead) {
+                                              float* turned, bool fetches, Ahead& ahead) {
     for (int64_t k = 0; k < kPanel; k += kGroups * kLanes) {
       Vec sum[kGroups][R];
 #pragma GCC unroll 2
@@ -435,7 +462,7 @@ class FewRows {
   template <class Stored, int R>
   LMFUSE_INLINE static void weigh_columns(const PanelRows<Input>& rows, int64_t keys, int64_t width,
                                           const Input* weights, int64_t weights_row, PanelOf panel,
-                                          float* to, int64_t next_columns, LinesAhead& ahead) {
+                                          float* to, int64_t next_columns, Ahead& ahead) {
     constexpr int kMost = 4, kLeast = kPanel / kLanes;  // vectors
     int64_t d = 0;
     const auto columns = [&](auto v) LMFUSE_LAMBDA {
@@ -453,7 +480,7 @@ class FewRows {
   __attribute__((noinline)) static void weigh(const char* const* row, int64_t offset, int64_t keys,
                                               const Input* weights, int64_t weights_row,
                                               PanelOf panel, float* to, int64_t next_columns,
-                                              LinesAhead& ahead) {
+                                              Ahead& ahead) {
     constexpr bool kQuarters = sizeof(Input) == 2 && sizeof(Stored) == 2;
     constexpr int kInPanel = kPanel / kLanes;
     const auto at = [&](int r, int i) LMFUSE_LAMBDA {

@@ -161,7 +161,7 @@ def test_bits_do_not_depend_on_batch_chunks_or_threads(isa, dtype, dim):
 
 
 def test_bits_do_not_depend_on_pages(isa):
-    lengths, heads, dim = [1, 300, 517, 256], 2, 48
+    lengths, heads, dim = [1, 300, 517, 256], 2, 64
     k, v = (torch.randn(sum(lengths), heads, dim) for _ in range(2))
     q, results = queries(len(lengths), 6, dim), []
     for block in (512, 1, 16, 37):
@@ -175,3 +175,18 @@ def test_bits_do_not_depend_on_pages(isa):
         )  # fmt: skip
         results.append(out)
     assert all(same(results[0], y) for y in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_bits_do_not_depend_on_how_heads_lie(isa, dtype):
+    """Beside each other, also of a few sequences at each position, or one by one."""
+    for kv_heads, dim in ((8, 128), (20, 64), (3, 40)):
+        for batch, q_len, length in ((1, 1, 300), (3, 2, 290), (2, 9, 33)):
+            cache = caches(batch, length, kv_heads, dim)
+            q = queries(batch, q_len, 2 * kv_heads, dim, dtype=dtype)
+            y = functional.attention(q, **cache, causal=True)
+            for order in ((1, 2), (0, 1)):
+                other = {
+                    n: x.transpose(*order).contiguous().transpose(*order) for n, x in cache.items()
+                }
+                assert same(y, functional.attention(q, **other, causal=True))

@@ -106,10 +106,19 @@ class Attend {
     sums_ = s.take<float>(kAttentionRows * value_width_);
     running_ = {s.take<float>(kAttentionRows), s.take<float>(kAttentionRows)};
     rows_ = s.take<RowInfo>(kAttentionRows);
-    now_ = s.take<Found>(1);
-    next_ = s.take<Found>(1);
+    const auto found = [&] {
+      Found* to = s.take<Found>(1);
+      float* of_keys = s.take<float>(a.key.scale ? together_ * kKeyChunk : 0);
+      float* of_values = s.take<float>(a.value.scale ? together_ * kKeyChunk : 0);
+      if (!scratch) return to;
+      to->seq = nullptr;
+      to->keys.scale = a.key.scale ? of_keys : nullptr;
+      to->values.scale = a.value.scale ? of_values : nullptr;
+      return to;
+    };
+    now_ = found();
+    next_ = found();
     scratch_ = s.used();
-    if (scratch) now_->seq = next_->seq = nullptr;
   }
   int64_t scratch() const { return scratch_; }
 
@@ -156,9 +165,9 @@ class Attend {
       next_ = now_;
       now_ = found;
       if (c + 1 < last) {
-        look_ahead(u.seq, kv_head, c + 1);
+        look_ahead(work, c + 1);
       } else if (next.unit) {
-        look_ahead(next.unit->seq, next.kv_head, next.unit->chunk);
+        look_ahead(next, next.unit->chunk);
       } else {
         next_->seq = nullptr;
         next_->keys.count = next_->values.count = 0;
@@ -211,20 +220,21 @@ class Attend {
     ChunkRows keys, values;
   };
 
-  void find(Found& to, int64_t seq, int64_t kv_head, int64_t begin, int64_t end) {
-    const AttentionSequence& s = a_.sequences[seq];
+  void find(Found& to, const Work& work, int64_t begin, int64_t end) {
+    const AttentionSequence& s = a_.sequences[work.unit->seq];
     to.seq = &s;
-    to.kv_head = kv_head;
+    to.kv_head = work.kv_head;
     to.begin = begin;
-    find_rows(a_, s, a_.key, s.key, s.key_scale, kv_head, begin, end, to.keys);
-    find_rows(a_, s, a_.value, s.value, s.value_scale, kv_head, begin, end, to.values);
+    find_rows(a_, s, a_.key, s.key, s.key_scale, work.kv_head, work.heads, begin, end, to.keys);
+    find_rows(a_, s, a_.value, s.value, s.value_scale, work.kv_head, work.heads, begin, end,
+              to.values);
   }
 
-  void look_ahead(int64_t seq, int64_t kv_head, int64_t c) {
-    const int64_t begin = c * kKeyChunk, length = a_.sequences[seq].kv_len;
-    const int64_t end = length < begin + kKeyChunk ? length : begin + kKeyChunk;
+  void look_ahead(const Work& work, int64_t c) {
+    const int64_t begin = c * kKeyChunk, length = a_.sequences[work.unit->seq].kv_len;
+    const int64_t end = smaller(length, begin + kKeyChunk);
     if (end > begin) {
-      find(*next_, seq, kv_head, begin, end);
+      find(*next_, work, begin, end);
     } else {
       next_->seq = nullptr;
       next_->keys.count = next_->values.count = 0;
@@ -244,14 +254,15 @@ class Attend {
 
   void chunk(const Work& work, int64_t c) {
     const AttentionUnit& u = *work.unit;
-    const int64_t seq = u.seq, kv_head = work.kv_head, count = u.seq_count * u.row_count;
+    const int64_t count = u.seq_count * u.row_count;
     const int64_t begin = c * kKeyChunk, end = last_seen(0, count, begin + kKeyChunk);
     if (end <= begin) return;
-    if (now_->seq == &a_.sequences[seq] && now_->kv_head == kv_head && now_->begin == begin) {
-      now_->keys.shorten(end - begin);
-      now_->values.shorten(end - begin);
+    if (now_->seq == &a_.sequences[u.seq] && now_->kv_head == work.kv_head &&
+        now_->begin == begin) {
+      now_->keys.shorten(end - begin, work.heads);
+      now_->values.shorten(end - begin, work.heads);
     } else {
-      find(*now_, seq, kv_head, begin, end);
+      find(*now_, work, begin, end);
     }
     if (count <= kFewRows) return few(begin, count, work.heads);
     const int64_t panels = (end - begin + kPanel - 1) / kPanel;
@@ -291,11 +302,12 @@ class Attend {
       }
   }
 
-  // The weights of row r of the unit.
-  void weigh(int64_t begin, int64_t r, const Scores& scores, Input* weights, Softmax to) {
+  // The weights of row r of the unit, which sees head h of its values.
+  void weigh(int64_t begin, int64_t h, int64_t r, const Scores& scores, Input* weights,
+             Softmax to) {
     const RowInfo& row = rows_[r];
-    const RowSums sums = softmax_row(a_, row, first_head_ + row.head, begin, now_->values, scores,
-                                     Weights<Input>(weights, kWeightsRow));
+    const RowSums sums = softmax_row(a_, row, first_head_ + row.head, begin, now_->values.scales(h),
+                                     scores, Weights<Input>(weights, kWeightsRow));
     *to.largest = sums.largest;
     *to.sum = sums.sum;
   }
@@ -315,12 +327,12 @@ class Attend {
     const FewPart values = few_part(now_->values, heads, a_.value, a_.value_dim);
     const int64_t rows = heads * count, padded = round_up(now_->keys.count, kPanel);
     typename FewRows<Tile>::Ahead ahead(keys, values, next_->keys);
-    FewRows<Tile>::scores(a_.key.type, a_.key.scale != nullptr, keys, width_, placed_, count,
-                          stage_, turned_, scores_, ahead);
+    FewRows<Tile>::scores(a_.key.type, keys, width_, placed_, count, stage_, turned_, scores_,
+                          ahead);
     for (int64_t h = 0, r = 0; h < heads; ++h)
       for (int64_t i = 0; i < count; ++i, ++r) {
         float* scores = scores_ + h * kFewRows * kKeyChunk + i * kPanel;
-        weigh(begin, r, {scores, kFewRows * kPanel, padded}, weights_ + r * kWeightsRow,
+        weigh(begin, h, r, {scores, kFewRows * kPanel, padded}, weights_ + r * kWeightsRow,
               {largest + r, sum + r});
         ahead.of_weights(rows);
       }
@@ -349,8 +361,8 @@ class Attend {
     alignas(64) float largest[kBlock], sum[kBlock], old_part[kBlock], new_part[kBlock];
     for (int64_t r = 0; r < count; ++r) {
       const Scores scores{scores_ + place.at(r, tile.rows()) * kPanel, panel_rows, keys};
-      if (a_.key.scale) scores.multiply(now_->keys.scale);
-      weigh(begin, first + r, scores, weights_ + r * kWeightsRow, {largest + r, sum + r});
+      if (now_->keys.scale) scores.multiply(now_->keys.scale);
+      weigh(begin, 0, first + r, scores, weights_ + r * kWeightsRow, {largest + r, sum + r});
     }
     join({running_.largest + first, running_.sum + first}, {largest, sum}, count, old_part,
          new_part);

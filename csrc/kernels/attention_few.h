@@ -4,99 +4,27 @@
 // gemm_tile.h, bit for bit: chains over ascending k.
 #pragma once
 
-#include "attention_pack.h"
+#include "attention_ahead.h"
 #include "bytes.h"
 #include "gemm_tile.h"
 
 namespace lmfuse::LMFUSE_ISA {
 namespace {
 
-// The keys or values of a chunk: the rows of the first of some heads, what one row is long, and
-// how far the same row of the next head is, in bytes. Apart: the rows of a panel fall into the same
-// sets of the first-level cache.
-struct FewPart {
-  const ChunkRows* rows;
-  int64_t heads, bytes, head_step;
-  bool apart;
-
-  int64_t run() const { return (heads - 1) * head_step + bytes; }
-};
-
 // Heads whose rows lie beside each other at each position, as in [positions, heads, dim], are
 // computed together, up to a run of kRun bytes: head by head, such a cache gives up a line or two
 // at a stride that falls into few sets of the processor's caches. 1: as they lie, head by head.
 constexpr int64_t kMostTogether = 16;
-LMFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t heads_together(const AttentionArgs& a) {
   constexpr int64_t kRun = 2048;
   const auto heads = [](const KvSource& from, int64_t dim) -> int64_t {
-    if (from.scale || from.stride.head != dim || from.stride.token <= dim) return 1;
+    if (from.stride.head != dim || from.stride.token <= dim) return 1;
     return kRun / (dim * kv_bytes(from.type));
   };
   const int64_t n = smaller(heads(a.key, a.dim), heads(a.value, a.value_dim));
   const int64_t most = smaller(smaller(n, a.kv_heads), kMostTogether);
   return most > 1 ? most : 1;
 }
-
-// The keys of a chunk, its values, and the first of the next keys, fetched strictly one line after
-// the other, kDistance ahead of what is read, and further while weights are computed. Into the
-// second-level cache: columns of rows are read, and line buffers of the first full of what comes
-// from memory would hold them up (Zen 4: 52 % of the bandwidth so, 87 % into the second).
-class LinesAhead {
- public:
-  LinesAhead(FewPart keys, FewPart values, const ChunkRows& next_keys)
-      : rows_{keys.rows, values.rows, &next_keys}, run_{keys.run(), values.run(), keys.run()} {
-    const int64_t lead = kPanel + kDistance / run_[0], count = keys.rows->count;
-    row_ = keys.rows->row + (lead < count ? lead : count);
-    last_ = keys.rows->row + count;
-  }
-
-  template <int N>
-  LMFUSE_INLINE void fetch() {
-    if (end_ - at_ < N * 64) return fetch(N);
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) __builtin_prefetch(at_ + i * 64, 0, 2);
-    at_ += N * 64;
-  }
-  __attribute__((noinline)) void fetch(int64_t lines) {
-    while (lines > 0) {
-      if (at_ >= end_ && !find_run()) return;
-      const char* stop = at_ + smaller(lines * 64, (end_ - at_ + 63) / 64 * 64);
-      lines -= (stop - at_) / 64;
-      for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
-    }
-  }
-  // While the weights of one row of count, all heads together, are computed. Values follow at once,
-  // so the last panel of them fetches nothing.
-  void of_weights(int64_t count) { fetch(kPanel * run_[1] / 64 / count); }
-
- private:
-  static constexpr int64_t kDistance = 16384;
-
-  // Rows that lie one after the other.
-  bool find_run() {
-    while (row_ == last_) {
-      at_ = end_ = nullptr;
-      if (part_ == 2) return false;
-      const ChunkRows& next = *rows_[++part_];
-      row_ = next.row;
-      last_ = row_ + next.count;
-    }
-    const int64_t bytes = run_[part_];
-    constexpr int64_t kMany = 8;  // told by the last of them: row by row takes 4 ns/KB
-    at_ = end_ = *row_;
-    for (; last_ - row_ >= kMany && row_[kMany - 1] == end_ + (kMany - 1) * bytes; row_ += kMany)
-      end_ += kMany * bytes;
-    for (; row_ != last_ && *row_ == end_; ++row_) end_ += bytes;
-    return true;
-  }
-
-  const ChunkRows* rows_[3];
-  int64_t run_[3];
-  int64_t part_ = 0;
-  const char *const *row_, *const *last_;
-  const char *at_ = nullptr, *end_ = nullptr;
-};
 
 // The rows of a panel of keys or values of one head: as they lie, or widened to Input.
 template <class Input>
@@ -137,8 +65,9 @@ class PanelRows {
     offset = 0;
   }
   // The same by way of stage.
+  template <class Ahead>
   void widen(KvType type, const FewPart& part, int64_t first, int64_t head, int64_t width,
-             Input* stage, int64_t lines, LinesAhead& ahead) {
+             Input* stage, int64_t lines, Ahead& ahead) {
     const int64_t left = part.rows->count - first, dim = part.bytes / kv_bytes(type);
     for (int64_t r = 0; r < kPanel; ++r) {
       Input* to = stage + r * width;
@@ -307,14 +236,13 @@ template <class Tile>
 class FewRows {
  public:
   using Input = typename Tile::Input;
-  using Ahead = LinesAhead;
+  using Ahead = LinesAhead<true>;
   static constexpr int64_t kRows = kFewRows;
 
   // scores[head][kKeyChunk / kPanel][kRows][kPanel] of `count` queries of each head, which lie
   // [head][words][kRows]. stage and turned: kPanel rows of width elements.
-  static void scores(KvType type, bool scaled, const FewPart& keys, int64_t width,
-                     const Input* queries, int64_t count, Input* stage, Input* turned,
-                     float* scores, LinesAhead& ahead) {
+  static void scores(KvType type, const FewPart& keys, int64_t width, const Input* queries,
+                     int64_t count, Input* stage, Input* turned, float* scores, Ahead& ahead) {
     with_words(type, keys.bytes, width, [&](auto word, auto direct) {
       using Word = decltype(word);
       constexpr int64_t kElements = 4 / sizeof(Word);
@@ -322,6 +250,7 @@ class FewRows {
       PanelRows<Input> rows;
       for (int64_t first = 0; first < keys.rows->count; first += kPanel)
         for (int64_t h = 0; h < keys.heads; ++h) {
+          const float* scale = keys.rows->scales(h);
           if constexpr (decltype(direct)::value) {
             rows.gather(keys, first, h, width, stage);
           } else {
@@ -331,7 +260,7 @@ class FewRows {
             const auto with = [&](auto panel) {
               score<Word, decltype(block)::value, decltype(panel)::value>(
                   rows, width / kElements, queries + h * kRows * width + r * (4 / sizeof(Input)),
-                  scaled ? keys.rows->scale + first : nullptr,
+                  scale ? scale + first : nullptr,
                   scores + kRows * (h * kKeyChunk + first) + r * kPanel,
                   reinterpret_cast<float*>(turned), direct.value, ahead);
             };
@@ -346,7 +275,7 @@ class FewRows {
   // weights: [head][count] rows.
   static void values(KvType type, const FewPart& values, int64_t width, const Input* weights,
                      int64_t weights_row, int64_t count, Input* stage, Input*, float* products,
-                     LinesAhead& ahead) {
+                     Ahead& ahead) {
     with_words(type, values.bytes, width, [&](auto stored, auto direct) {
       using Stored = decltype(stored);
       const int64_t height = block_height<kBlock>(count);
@@ -398,7 +327,7 @@ class FewRows {
   template <class Word, int R, int kWords>
   __attribute__((noinline)) static void score(const PanelRows<Input>& rows, int64_t words,
                                               const Input* queries, const float* scale, float* to,
-                                              float* turned, bool fetches, LinesAhead& ahead) {
+                                              float* turned, bool fetches, Ahead& ahead) {
     for (int64_t k = 0; k < kPanel; k += kGroups * kLanes) {
       Vec sum[kGroups][R];
 #pragma GCC unroll 2
@@ -436,7 +365,7 @@ class FewRows {
   template <class Stored, int R>
   LMFUSE_INLINE static void weigh_columns(const PanelRows<Input>& rows, int64_t keys, int64_t width,
                                           const Input* weights, int64_t weights_row, PanelOf panel,
-                                          float* to, int64_t next_columns, LinesAhead& ahead) {
+                                          float* to, int64_t next_columns, Ahead& ahead) {
     constexpr int kMost = 4, kLeast = kPanel / kLanes;  // vectors
     int64_t d = 0;
     const auto columns = [&](auto v) LMFUSE_LAMBDA {
@@ -454,7 +383,7 @@ class FewRows {
   __attribute__((noinline)) static void weigh(const char* const* row, int64_t offset, int64_t keys,
                                               const Input* weights, int64_t weights_row,
                                               PanelOf panel, float* to, int64_t next_columns,
-                                              LinesAhead& ahead) {
+                                              Ahead& ahead) {
     constexpr bool kQuarters = sizeof(Input) == 2 && sizeof(Stored) == 2;
     constexpr int kInPanel = kPanel / kLanes;
     const auto at = [&](int r, int i) LMFUSE_LAMBDA {

@@ -228,51 +228,57 @@ struct IntTile {
   }
 };
 
-// The same for few rows, from where keys and values lie. The heads of such caches, which have
-// scales, are computed one by one.
+// The same for few rows, from where keys and values lie.
 template <>
 class FewRows<IntTile> {
  public:
-  using Ahead = LinesAhead;
+  using Ahead = LinesAhead<false>;  // 68 ns/KB with what is fetched twice, 66 so
   static constexpr int64_t kRows = kFewRows;
 
-  static void scores(KvType type, bool, const FewPart& keys, int64_t width, const split_t* queries,
-                     int64_t count, i8_t* stage, i8_t*, float* scores, LinesAhead& ahead) {
+  static void scores(KvType type, const FewPart& keys, int64_t width, const split_t* queries,
+                     int64_t count, i8_t* stage, i8_t*, float* scores, Ahead& ahead) {
     const bool direct = keys.bytes == width;
     const int64_t height = block_height<kBlock>(count);
     PanelRows<i8_t> rows;
-    for (int64_t first = 0; first < keys.rows->count; first += kPanel) {
-      if (direct) {
-        rows.gather(keys, first, 0, width, stage);
-      } else {
-        rows.widen(type, keys, first, 0, width, stage, lines_of(keys.bytes), ahead);
+    for (int64_t first = 0; first < keys.rows->count; first += kPanel)
+      for (int64_t h = 0; h < keys.heads; ++h) {
+        if (direct) {
+          rows.gather(keys, first, h, width, stage);
+        } else {
+          rows.widen(type, keys, first, h, width, stage, lines_of(keys.bytes), ahead);
+        }
+        by_blocks<kBlock>(count, height, [&](int64_t r, auto n) {
+          score<decltype(n)::value>(
+              rows, width, queries + h * kRows * query_row<split_t>(width) + 2 * r,
+              keys.rows->scales(h) + first, scores + kRows * (h * kKeyChunk + first) + r * kPanel,
+              direct && r == 0, ahead);
+        });
       }
-      by_blocks<kBlock>(count, height, [&](int64_t r, auto n) {
-        score<decltype(n)::value>(rows, width, queries + 2 * r, keys.rows->scale + first,
-                                  scores + kRows * first + r * kPanel, direct && r == 0, ahead);
-      });
-    }
   }
 
   static void values(KvType type, const FewPart& values, int64_t width, const split_t* weights,
                      int64_t weights_row, int64_t count, i8_t* stage, i8_t*, float* products,
-                     LinesAhead& ahead) {
+                     Ahead& ahead) {
     const bool direct = values.bytes == width;
     const int64_t height = block_height<kBlock>(count);
     PanelRows<i8_t> rows;
     for (int64_t first = 0; first < values.rows->count; first += kPanel) {
       const int64_t left = values.rows->count - first, keys = smaller(left, kPanel);
       const bool last = left <= kPanel;
-      if (direct) {
-        rows.find(values, first, 0, width, stage);
-      } else {
-        rows.widen(type, values, first, 0, width, stage, last ? 0 : lines_of(values.bytes), ahead);
+      for (int64_t h = 0; h < values.heads; ++h) {
+        if (direct) {
+          rows.gather(values, first, h, width, stage);
+        } else {
+          rows.widen(type, values, first, h, width, stage, last ? 0 : lines_of(values.bytes),
+                     ahead);
+        }
+        by_blocks<kBlock>(count, height, [&](int64_t r, auto n) {
+          weigh<decltype(n)::value>(
+              rows, first, keys, width, weights + (h * count + r) * weights_row, weights_row,
+              {first == 0, last, direct && r == 0 && !last},
+              products + h * width * count + r * kPanel, count * kPanel, ahead);
+        });
       }
-      by_blocks<kBlock>(count, height, [&](int64_t r, auto n) {
-        weigh<decltype(n)::value>(rows, first, keys, width, weights + r * weights_row, weights_row,
-                                  {first == 0, last, direct && r == 0 && !last},
-                                  products + r * kPanel, count * kPanel, ahead);
-      });
     }
   }
 
@@ -283,7 +289,7 @@ class FewRows<IntTile> {
   template <int R>
   __attribute__((noinline)) static void score(const PanelRows<i8_t>& rows, int64_t width,
                                               const split_t* queries, const float* scale, float* to,
-                                              bool fetches, LinesAhead& ahead) {
+                                              bool fetches, Ahead& ahead) {
     const auto* q = reinterpret_cast<const float*>(queries);  // words of kFewRows rows
     const float* end = q + query_row<split_t>(width) / 2 * kFewRows;
     for (int64_t k = 0; k < kPanel; k += kLanes) {
@@ -322,7 +328,7 @@ class FewRows<IntTile> {
   __attribute__((noinline)) static void weigh(const PanelRows<i8_t>& rows, int64_t first,
                                               int64_t keys, int64_t width, const split_t* weights,
                                               int64_t weights_row, PanelOf panel, float* to,
-                                              int64_t next_columns, LinesAhead& ahead) {
+                                              int64_t next_columns, Ahead& ahead) {
     const ZipBytes zip;
     const split_t* end = weights + weights_row;
     for (int64_t d = 0; d < width; d += kPanel, to += next_columns) {

@@ -12,6 +12,7 @@ namespace lmfuse::LMFUSE_ISA {
 namespace {
 
 LMFUSE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+LMFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A 16-bit integer as 256 high + low, both signed bytes. In rows of them the high bytes of four
 // precede the low ones.
@@ -28,14 +29,18 @@ struct PackedAs<split_t> {
   using Type = i8_t;
 };
 
-// The rows of the keys, or the values, at count positions of one head; scale is theirs (i8 only).
+// The rows of the keys, or the values, of one head at count positions, and [heads][kKeyChunk]
+// scales of it and those beside it, zeros beyond count (null: none).
 struct ChunkRows {
   const char* row[kKeyChunk];
-  float scale[kKeyChunk];
   int64_t count;
+  float* scale;
 
-  void shorten(int64_t to) {
-    for (; count > to; --count) scale[count - 1] = 0.0f;
+  const float* scales(int64_t head) const { return scale ? scale + head * kKeyChunk : nullptr; }
+  void shorten(int64_t to, int64_t heads) {
+    for (; scale && count > to; --count)
+      for (int64_t h = 0; h < heads; ++h) scale[h * kKeyChunk + count - 1] = 0.0f;
+    count = smaller(count, to);
   }
 };
 
@@ -60,36 +65,46 @@ struct RowsAhead {
   }
 };
 
-inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const KvSource& from,
-                      int64_t first, int64_t scale_first, int64_t head, int64_t begin, int64_t end,
-                      ChunkRows& rows) {
-  const int64_t size = kv_bytes(from.type), step = from.stride.token * size;
-  const char* base = static_cast<const char*>(from.data) + (first + head * from.stride.head) * size;
-  const float* scale =
-      from.scale ? from.scale + scale_first + head * from.scale_stride.head : nullptr;
-  rows.count = end - begin;
-  if (a.block == 1 && !scale) {  // beam indices: 43 for 55 ns/KB of one head
+// f(i, row, n): rows i and on of those at positions [begin, end) of a sequence, n of them, lie from
+// `row` on, stride.token apart.
+template <class T, class F>
+LMFUSE_INLINE void by_runs(const AttentionArgs& a, const AttentionSequence& s, const T* base,
+                           KvSource::Strides stride, int64_t begin, int64_t end, F f) {
+  if (a.block == 1) {  // beam indices: 43 for 55 ns/KB of one head
     for (int64_t p = begin; p < end; ++p)
-      rows.row[p - begin] =
-          base + s.table[p] * from.stride.block * size + (a.absolute ? p * step : 0);
+      f(p - begin, base + s.table[p] * stride.block + (a.absolute ? p * stride.token : 0), 1);
     return;
   }
-  int64_t i = 0, block = begin / a.block, in_block = begin - block * a.block;
+  int64_t block = begin / a.block, in_block = begin - block * a.block;
   for (int64_t p = begin; p < end; ++block, in_block = 0) {
-    const int64_t rest = a.block - in_block, stop = rest < end - p ? p + rest : end;
+    const int64_t n = smaller(a.block - in_block, end - p);
     const int64_t entry = s.table ? s.table[block] : 0, at = a.absolute ? p : in_block;
-    const char* row = base + entry * from.stride.block * size + at * step;
-    const float* row_scale =
-        scale ? scale + entry * from.scale_stride.block + at * from.scale_stride.token : nullptr;
-    const int64_t n = stop - p;
-    for (int64_t j = 0; j < n; ++j) rows.row[i + j] = row + j * step;
-    if (row_scale)
-      for (int64_t j = 0; j < n; ++j) rows.scale[i + j] = row_scale[j * from.scale_stride.token];
-    i += n;
-    p = stop;
+    f(p - begin, base + entry * stride.block + at * stride.token, n);
+    p += n;
   }
-  if (scale)
-    for (; i < kKeyChunk; ++i) rows.scale[i] = 0.0f;
+}
+
+// first, scale_first: where the sequence begins in the source.
+inline void find_rows(const AttentionArgs& a, const AttentionSequence& s, const KvSource& from,
+                      int64_t first, int64_t scale_first, int64_t head, int64_t heads,
+                      int64_t begin, int64_t end, ChunkRows& rows) {
+  const int64_t size = kv_bytes(from.type), step = from.stride.token * size;
+  const char* base = static_cast<const char*>(from.data) + (first + head * from.stride.head) * size;
+  by_runs(a, s, base, {from.stride.block * size, step, 0}, begin, end,
+          [&](int64_t i, const char* row, int64_t n) LMFUSE_LAMBDA {
+            for (int64_t j = 0; j < n; ++j) rows.row[i + j] = row + j * step;
+          });
+  rows.count = end - begin;
+  if (!from.scale) return;
+  const KvSource::Strides stride = from.scale_stride;
+  by_runs(a, s, from.scale + scale_first + head * stride.head, stride, begin, end,
+          [&](int64_t i, const float* row, int64_t n) LMFUSE_LAMBDA {
+            float* to = rows.scale + i;
+            for (int64_t h = 0; h < heads; ++h, row += stride.head, to += kKeyChunk)
+              for (int64_t j = 0; j < n; ++j) to[j] = row[j * stride.token];
+          });
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t i = rows.count; i < kKeyChunk; ++i) rows.scale[h * kKeyChunk + i] = 0.0f;
 }
 
 // Calls f with a row of the C++ type that stores it.

@@ -196,12 +196,12 @@ struct RowSums {
   float largest, sum;
 };
 
-// Weights 2^(score - largest) (times the scale of the value, i8 only) and their sum. head is
+// Weights 2^(score - largest) (times the scales of the values, if any) and their sum. head is
 // that of the query. Sums in two chains over fixed places, so that keys beyond those that are seen
 // change nothing.
 template <class Input>
 RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, int64_t begin,
-                    const ChunkRows& values, const Scores& scores, Weights<Input> weights) {
+                    const float* value_scales, const Scores& scores, Weights<Input> weights) {
   // Within the chunk, also where the window of the row begins behind it.
   const auto within = [&](int64_t i) { return i < 0 ? 0 : i < scores.count ? i : scores.count; };
   const int64_t from = within(row.begin - begin), end = within(row.end - begin);
@@ -237,8 +237,8 @@ RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, in
       weights.take(at, i, finish(e0, i), finish(e1, i + kLanes));
     }
   };
-  if (a.value.scale) {
-    weigh([&](Vec e, int64_t i) LMFUSE_LAMBDA { return e * load(values.scale + i); });
+  if (value_scales) {
+    weigh([&](Vec e, int64_t i) LMFUSE_LAMBDA { return e * load(value_scales + i); });
   } else {
     weigh([](Vec e, int64_t) LMFUSE_LAMBDA { return e; });
   }

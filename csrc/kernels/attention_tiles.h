@@ -137,15 +137,15 @@ struct FewRows<AmxTile> {
   static constexpr int64_t kRows = kTileRows;
   static_assert(kRows == kFewRows);
 
-  static void scores(KvType type, bool scaled, const FewPart& keys, int64_t width,
-                     const bf16_t* queries, int64_t count, bf16_t* stage, bf16_t*, float* scores,
-                     FetchAhead& ahead) {
+  static void scores(KvType type, const FewPart& keys, int64_t width, const bf16_t* queries,
+                     int64_t count, bf16_t* stage, bf16_t*, float* scores, FetchAhead& ahead) {
     Tiles tiles;
     for (int64_t first = 0; first < keys.rows->count; first += kPanel)
-      for (int64_t h = 0; h < keys.heads; ++h)
+      for (int64_t h = 0; h < keys.heads; ++h) {
+        const float* scale = keys.rows->scales(h);
         score(tiles, type, keys, first, h, width, queries + h * kRows * width, count, stage,
-              scaled ? keys.rows->scale + first : nullptr, scores + kRows * (h * kKeyChunk + first),
-              ahead);
+              scale ? scale + first : nullptr, scores + kRows * (h * kKeyChunk + first), ahead);
+      }
   }
 
   static void values(KvType type, const FewPart& values, int64_t width, const bf16_t* weights,

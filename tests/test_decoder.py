@@ -51,7 +51,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "window, softcap": {"rotary_dim": DIM, "window": 6, "softcap": 2.0},
     "interleaved partial rope": {"rotary_dim": 8, "rotary_half": False},
     "parallel": {"parallel": True, "centered": True, "gated": False, "activation": "gelu"},
-    "neox": {"interleaved": True, "heads": 3, "kv_heads": 3, "parallel": True, "rotary_dim": 8},
+    "neox": {"groups": 3, "heads": 3, "kv_heads": 3, "parallel": True, "rotary_dim": 8},
+    "falcon": {"groups": 2, "heads": 6, "rotary_dim": DIM, "parallel": True, "head_norms": True},
+    "codegen": {
+        "groups": 2,
+        "kv_heads": 4,
+        "values_first": True,
+        "rotary_dim": 8,
+        "rotary_half": False,
+        "head_norms": True,
+    },
+    "olmo": {"weights": False, "centered": True, "head_norms": True, "rotary_dim": DIM},
     "one projection": {"fused": True, "rotary_dim": DIM},
     "norms everywhere": {"head_norms": True, "after": True, "rotary_dim": DIM},
     "norm of all heads": {"wide_norms": True, "rotary_dim": DIM},
@@ -61,7 +71,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "experts, gelu": {"experts": 3, "normalized": False, "activation": "gelu", "after": True},
     "alibi": {
         "alibi": torch.tensor([0.5, 0.25, 0.125, 0.0625]),
-        "interleaved": True,
+        "groups": 4,
         "kv_heads": 4,
     },
 }
@@ -78,6 +88,7 @@ def make(
     wide_norms: bool = False,
     before: bool = True,
     after: bool = False,
+    weights: bool = True,
     experts: int = 0,
     chosen: int = 2,
     normalized: bool = True,
@@ -85,7 +96,7 @@ def make(
 ) -> DecoderLayer:
     q, kv = heads * DIM, kv_heads * DIM
     gated = options.get("gated", True)
-    if fused or options.get("interleaved"):
+    if fused or options.get("groups", 1) > 1:
         query, key, value = linear(q + 2 * kv, HIDDEN, dtype, bias), None, None
     else:
         query, key, value = (linear(n, HIDDEN, dtype, bias) for n in (q, kv, kv))
@@ -98,6 +109,8 @@ def make(
     if head_norms or wide_norms:
         norms["query_norm"] = norm(q if wide_norms else DIM, dtype)
         norms["key_norm"] = norm(kv if wide_norms else DIM, dtype)
+    if not weights:
+        norms = {name: replace(n, weight=None, bias=None) for name, n in norms.items()}
     mlp = (
         linear(halves * INNER, HIDDEN, dtype, bias),
         linear(INNER, HIDDEN, dtype, bias) if gated and not fused else None,
@@ -170,7 +183,9 @@ def test_reference(isa: str, dtype: torch.dtype, form: str) -> None:
     assert error < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("form", ["llama", "norms everywhere", "neox", "alibi", "experts, gelu"])
+@pytest.mark.parametrize(
+    "form", ["llama", "norms everywhere", "neox", "falcon", "codegen", "alibi", "experts, gelu"]
+)
 def test_bits_depend_on_the_row_alone(isa: str, dtype: torch.dtype, form: str) -> None:
     """Not on the batch, the piece of the prompt, or the number of threads."""
     layers = [make(dtype, **FORMS[form]) for _ in range(3)]
@@ -393,6 +408,11 @@ def test_bad_layouts() -> None:
     for slopes, words in ((torch.ones(3), "has 3 elements"), (torch.ones(4).half(), "float32")):
         with pytest.raises(ValueError, match=f"alibi.*{words}"):
             decoder_stack([make(F32, alibi=slopes)])
+    for groups, words in ((0, "groups is 0"), (4, "from 1 to 3"), (2, "2 groups do not divide")):
+        with pytest.raises(ValueError, match=words):
+            decoder_stack([make(F32, heads=6, kv_heads=3, fused=True, groups=groups)])
+    with pytest.raises(ValueError, match="the norm of queries or keys has 80"):
+        decoder_stack([make(F32, wide_norms=True, fused=True, groups=2)])
     with pytest.raises(ValueError, match="layers is empty"):
         decoder_stack([])
     with pytest.raises(ValueError, match="activation is 'mish'"):

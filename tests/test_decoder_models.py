@@ -43,10 +43,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": None},
     "falcon heads": {"num_kv_heads": None, "multi_query": False, "parallel_attn": False},
     "mpt": {"use_cache": True, "max_seq_len": 64},
+    "gptj": {"rotary_dim": 8, "n_positions": 64},
+    "codegen": {"rotary_dim": 8, "n_positions": 64},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "gpt_bigcode": {},
+    "gpt_bigcode heads": {"multi_query": False},
+    "olmo": {},
+    "falcon groups": {"num_kv_heads": 2, "new_decoder_architecture": True},
+    "falcon groups, one norm": {
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+        "num_ln_in_parallel_attn": 1,
+    },
     "cohere2": MIXED,  # where those without a window do not rotate
     "olmo3": MIXED,
     "qwen3 windows": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 6, **MIXED},
 }
+
+# Parts of models whose parameters are made larger, so that attention and tokens vary.
+QUERIES = ("q_proj", "k_proj", "v_proj", "embed", "qkv", "query_key", "c_attn", "wte")
 
 
 def model_of(family: str = "llama", **changed: Any) -> Any:
@@ -60,7 +75,7 @@ def model_of(family: str = "llama", **changed: Any) -> Any:
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(k in name for k in ("q_proj", "k_proj", "v_proj", "embed", "qkv", "query_key")):
+            if any(k in name for k in QUERIES):
                 parameter.mul_(5)
             elif parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))

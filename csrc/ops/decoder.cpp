@@ -154,7 +154,9 @@ void plan_attention(const DecoderCall& c, const DecoderLayer& l, const DecoderCa
   a.block = kind.first_slot < 0 ? 1 : int64_t{1} << 40;
   const int64_t in = row_stride(l.columns, c.rows()), out = row_stride(l.attended(), c.rows());
   a.q_stride_s = in;
-  a.q_stride_h = l.head_stride;
+  a.q_group = l.heads / l.groups;
+  a.q_stride_group = l.group_stride;
+  a.q_stride_h = l.head_dim;
   a.out_stride_s = out;
   a.out_stride_h = l.head_dim;
   for (int64_t b = 0; b < c.batch; ++b) {
@@ -173,7 +175,6 @@ void plan_attention(const DecoderCall& c, const DecoderLayer& l, const DecoderCa
   kind.cache.from_type = c.type;
   kind.cache.slots = t.slots.data();
   kind.cache.block = 1;
-  kind.cache.heads = l.kv_heads;
 }
 
 // The kinds of a call, and what they point to. For each there are slots, block_tables and

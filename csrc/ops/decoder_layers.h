@@ -30,8 +30,9 @@ struct DecoderLayer {
   int64_t chosen, expert_inner;
   bool normalized;  // the weights of those add up to 1
   int64_t heads, kv_heads, head_dim;
-  // In a row of the projections: where keys and values begin, and from head to head.
-  int64_t key_column, value_column, head_stride, columns;
+  // In a row of the projections: from group to group of heads, and where in a group its keys and
+  // its values begin. Its queries come first.
+  int64_t groups, group_stride, key_column, value_column, columns;
   int64_t rotary_dim;
   bool rotary_half, parallel, gated;
   PostOp activation;
@@ -73,7 +74,7 @@ class DecoderReader {
     return all;
   }
 
-  static constexpr int64_t kIntegers = 6 * 3 + 8 * 3 + 18, kNumbers = 6 * 2 + 3;
+  static constexpr int64_t kIntegers = 6 * 3 + 8 * 3 + 19, kNumbers = 6 * 2 + 3;
 
  private:
   int64_t integer(int64_t least, int64_t most, const char* name) {
@@ -115,7 +116,6 @@ class DecoderReader {
     n.bias = vector(name, n.size);
     LMFUSE_CHECK_VALUE(!n.bias.data || (n.weight.data && n.bias.dtype == n.weight.dtype), name,
                        " has a bias that is not of the dtype of its weight");
-    LMFUSE_CHECK_VALUE(n.kind == DecoderNorm::none || n.weight.data, name, " has no weight");
     n.eps = number();
     n.offset = number();
     return n;
@@ -169,7 +169,7 @@ class DecoderReader {
                        " by ", k);
   }
   void fits(const DecoderNorm& n, int64_t size, const char* name) {
-    LMFUSE_CHECK_VALUE(n.kind == DecoderNorm::none || n.size == size, name, " has ", n.size,
+    LMFUSE_CHECK_VALUE(n.size == 0 || n.size == size, name, " has ", n.size,
                        " elements, but must have ", size);
   }
 
@@ -193,9 +193,10 @@ class DecoderReader {
     l.heads = integer(1, kMost, "heads");
     l.kv_heads = integer(1, l.heads, "kv_heads");
     l.head_dim = integer(1, kMost, "head_dim");
+    l.groups = integer(1, l.kv_heads, "groups");
+    l.group_stride = integer(1, kMost, "group_stride");
     l.key_column = integer(0, kMost, "key_column");
     l.value_column = integer(0, kMost, "value_column");
-    l.head_stride = integer(l.head_dim, kMost, "head_stride");
     l.rotary_dim = integer(0, l.head_dim, "rotary_dim");
     l.rotary_half = integer(0, 1, "rotary_half");
     const int64_t window = integer(-1, int64_t{1} << 62, "window");
@@ -216,14 +217,18 @@ class DecoderReader {
   void check(DecoderLayer& l) {
     LMFUSE_CHECK_VALUE(l.heads % l.kv_heads == 0, "there are ", l.heads, " heads, which ",
                        l.kv_heads, " KV heads do not divide");
+    LMFUSE_CHECK_VALUE(l.kv_heads % l.groups == 0, "there are ", l.kv_heads, " KV heads, which ",
+                       l.groups, " groups do not divide");
     LMFUSE_CHECK_VALUE(l.rotary_dim % 2 == 0, "rotary_dim is ", l.rotary_dim, ", but must be even");
     LMFUSE_CHECK_VALUE(l.query.n && l.output.n && (l.mixes() || (l.gate.n && l.down.n)),
                        "query, output, and gate and down or a router must be given");
     const int64_t hidden = l.hidden();
     l.columns = l.query.n + l.key.n + l.value.n;
-    const int64_t span = (l.kv_heads - 1) * l.head_stride + l.head_dim;
-    LMFUSE_CHECK_VALUE((l.heads - 1) * l.head_stride + l.head_dim <= l.columns &&
-                           l.key_column + span <= l.columns && l.value_column + span <= l.columns,
+    const int64_t span = l.kv_heads / l.groups * l.head_dim;
+    const int64_t last = (l.groups - 1) * l.group_stride;
+    LMFUSE_CHECK_VALUE(last + l.heads / l.groups * l.head_dim <= l.columns &&
+                           last + l.key_column + span <= l.columns &&
+                           last + l.value_column + span <= l.columns,
                        "the projections give ", l.columns, " columns, which do not hold ", l.heads,
                        " queries and ", l.kv_heads, " keys and values of ", l.head_dim);
     for (const DecoderLinear* p : {&l.query, &l.key, &l.value})
@@ -255,7 +260,7 @@ class DecoderReader {
     LMFUSE_CHECK_VALUE(l.gated || !l.up.n, "up is given, but the MLP is not gated");
   }
 
-  void norms(const DecoderLayer& l, int64_t hidden) {
+  void norms(DecoderLayer& l, int64_t hidden) {
     for (const DecoderNorm* n :
          {&l.attention_input, &l.attention_output, &l.mlp_input, &l.mlp_output})
       fits(*n, hidden, "a norm");
@@ -268,9 +273,10 @@ class DecoderReader {
   }
 
   // Norms of heads, or of all heads of a token at once.
-  void fits_heads(const DecoderNorm& n, const DecoderLayer& l, int64_t heads) {
+  void fits_heads(DecoderNorm& n, const DecoderLayer& l, int64_t heads) {
+    if (n.size == 0) n.size = l.head_dim;
     if (n.kind == DecoderNorm::none || n.size == l.head_dim) return;
-    LMFUSE_CHECK_VALUE(l.head_stride == l.head_dim && n.size == heads * l.head_dim,
+    LMFUSE_CHECK_VALUE(l.groups == 1 && n.size == heads * l.head_dim,
                        "the norm of queries or keys has ", n.size, " elements, but must have ",
                        l.head_dim, " or ", heads * l.head_dim);
   }
@@ -278,8 +284,9 @@ class DecoderReader {
   // Equal in all that the activations and, but for the window, the plan of attention depend on.
   static void alike(const DecoderLayer& a, const DecoderLayer& b) {
     LMFUSE_CHECK_VALUE(a.hidden() == b.hidden() && a.heads == b.heads && a.kv_heads == b.kv_heads &&
-                           a.head_dim == b.head_dim && a.head_stride == b.head_stride &&
-                           a.columns == b.columns && a.inner() == b.inner() && a.gated == b.gated &&
+                           a.head_dim == b.head_dim && a.groups == b.groups &&
+                           a.group_stride == b.group_stride && a.columns == b.columns &&
+                           a.inner() == b.inner() && a.gated == b.gated &&
                            a.parallel == b.parallel && a.router.n == b.router.n &&
                            a.chosen == b.chosen,
                        "the layers of one call must have the same sizes and form");

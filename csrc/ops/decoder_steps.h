@@ -271,10 +271,26 @@ class DecoderWorker {
       rotate(l, l.key_column, l.kv_heads, begin, end);
     }
     CacheArgs a = kind(l).cache;
-    a.key = side(l, l.key_column, cache.key);
-    a.value = side(l, l.value_column, cache.value);
     a.to_type = cache.key.type;
-    k_.cache_write(a, begin, end);
+    each_run(l, 0, l.kv_heads, [&](const HeadRun& run) {
+      a.key = side(l, run, l.key_column, cache.key);
+      a.value = side(l, run, l.value_column, cache.value);
+      a.heads = run.count;
+      k_.cache_write(a, begin, end);
+    });
+  }
+
+  // Heads [first, first + count) in a row of the projections, whose columns are `stride` apart.
+  struct HeadRun {
+    int64_t first, count, column, stride;
+  };
+  // Those of all groups, the first of them at column `at`: as few runs as there can be.
+  template <class F>
+  static void each_run(const DecoderLayer& l, int64_t at, int64_t count, const F& f) {
+    const int64_t each = count / l.groups;
+    if (each == 1) return f(HeadRun{0, count, at, l.group_stride});
+    for (int64_t g = 0; g < l.groups; ++g)
+      f(HeadRun{g * each, each, at + g * l.group_stride, l.head_dim});
   }
 
   void normalize_heads(const DecoderLayer& l, const DecoderNorm& n, int64_t at, int64_t count,
@@ -284,24 +300,37 @@ class DecoderWorker {
     x.data = column(at);
     if (n.size != l.head_dim) return k_.norm(norm_args(n, x, x, n.size), begin, end);
     x.rows.dims = 2;
-    x.rows.size[1] = count;
-    x.rows.stride[1] = l.head_stride;
-    k_.norm(norm_args(n, x, x, n.size), begin * count, end * count);
+    each_run(l, at, count, [&](const HeadRun& run) {
+      x.data = column(run.column);
+      x.rows.size[1] = run.count;
+      x.rows.stride[1] = run.stride;
+      k_.norm(norm_args(n, x, x, n.size), begin * run.count, end * run.count);
+    });
   }
 
   void rotate(const DecoderLayer& l, int64_t at, int64_t count, int64_t begin, int64_t end) {
     RopeArgs a = kind(l).rope;
     const int64_t stride = c_.projected.rows.stride[0];
-    a.x = a.y = {column(at), c_.tokens * stride, stride, l.head_stride};
-    a.heads = count;
     a.rotary_dim = l.rotary_dim;
     a.half = l.rotary_half;
-    k_.rope(a, begin, end);
+    each_run(l, at, count, [&](const HeadRun& run) {
+      a.x = a.y = {column(run.column), c_.tokens * stride, stride, run.stride};
+      a.heads = run.count;
+      k_.rope(a, begin, end);
+    });
   }
 
-  CacheArgs::Side side(const DecoderLayer& l, int64_t at, const KvSource& to) const {
-    return {column(at), c_.projected.rows.stride[0],  l.head_stride,   const_cast<void*>(to.data),
-            to.stride,  const_cast<float*>(to.scale), to.scale_stride, l.head_dim,
+  // Into the cache, the heads of this run whose first in the projections is at column `at`.
+  CacheArgs::Side side(const DecoderLayer& l, const HeadRun& run, int64_t at, KvSource to) const {
+    to = from(to, run.first * to.stride.head, run.first * to.scale_stride.head);
+    return {column(at + run.column),
+            c_.projected.rows.stride[0],
+            run.stride,
+            const_cast<void*>(to.data),
+            to.stride,
+            const_cast<float*>(to.scale),
+            to.scale_stride,
+            l.head_dim,
             1.0f};
   }
 
@@ -328,12 +357,13 @@ class DecoderWorker {
   }
 
   // From its slot `first` on; whole if that is negative.
-  static KvSource source(KvSource s, int64_t first) {
-    if (first < 0) return s;
+  static KvSource source(const KvSource& s, int64_t first) {
+    return first < 0 ? s : from(s, first * s.stride.token, first * s.scale_stride.token);
+  }
+  static KvSource from(KvSource s, int64_t elements, int64_t scales) {
     static constexpr int64_t kBytes[] = {4, 2, 2, 1, 1, 1};  // of KvType
-    const int64_t at = first * s.stride.token * kBytes[static_cast<int>(s.type)];
-    s.data = static_cast<const char*>(s.data) + at;
-    if (s.scale) s.scale += first * s.scale_stride.token;
+    s.data = static_cast<const char*>(s.data) + elements * kBytes[static_cast<int>(s.type)];
+    if (s.scale) s.scale += scales;
     return s;
   }
 

@@ -20,7 +20,7 @@ from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _check
 from lmfuse.functional.experts import PackedExperts
 from lmfuse.functional.linear import _POSTS
-from lmfuse.functional.packed import PackedWeight
+from lmfuse.functional.packed import MATRICES, PackedWeight
 from lmfuse.functional.woq import _how
 
 _decoder = ops.decoder.default
@@ -35,14 +35,14 @@ class DecoderNorm:
     """A norm over rows; see `rms_norm` and `layer_norm` for the formulas.
 
     Attributes:
-        weight: [n].
+        weight: [n], or None for ones.
         bias: [n], of the dtype of weight, or None.
         eps: added to the mean square.
         centered: subtract the mean: layer norm.
         offset: added to the weight.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None = None
     eps: float = 1e-6
     centered: bool = False
@@ -106,8 +106,10 @@ class DecoderLayer:
     Attributes:
         heads, kv_heads, head_dim: of attention.
         query, key, value: their projections. If key and value are None, query gives all three:
-            first all queries, then all keys, then all values; or, if interleaved, one head after
-            the other, each with its query, key and value.
+            one group of heads after the other.
+        groups: of heads; each has its queries, its keys and its values, in this order. (1: all
+            queries, then all keys, then all values.) Those of separate projections are one.
+        values_first: each group has its values before its keys.
         output, gate, up, down: O, G, U, D. If up is None and the MLP gated, G gives both halves.
         experts: instead of gate, up and down, which are None then.
         gated: which of the two forms the MLP has.
@@ -145,7 +147,8 @@ class DecoderLayer:
     attention_output: DecoderNorm | None = None
     mlp_input: DecoderNorm | None = None
     mlp_output: DecoderNorm | None = None
-    interleaved: bool = False
+    groups: int = 1
+    values_first: bool = False
     rotary_dim: int = 0
     rotary_half: bool = True
     softcap: float = 0.0
@@ -256,7 +259,7 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
     for name, linear in _linears(layer):
         if linear is None:
             integers += (-1, -1, -1)
-        elif type(linear.weight) is PackedWeight:
+        elif type(linear.weight) in MATRICES:
             integers += (place(linear.weight.packed), -1, place(linear.bias))
         elif linear.weight.dtype is torch.uint8:
             compute, block_scales = _how(linear.compute, linear.block_scales)
@@ -271,10 +274,9 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
         raise ValueError(
             f"activation is {layer.activation!r}, but must be relu, gelu, gelu_tanh, silu or None"
         )
-    key, value, step = _columns(layer)
     normalized = layer.experts is not None and layer.experts.normalized
     flags = layer.parallel + 2 * layer.gated + 4 * normalized
-    integers += (layer.heads, layer.kv_heads, layer.head_dim, key, value, step)
+    integers += (layer.heads, layer.kv_heads, layer.head_dim, *_columns(layer))
     integers += (layer.rotary_dim, int(layer.rotary_half), layer.window, flags)
     integers += (_POSTS[layer.activation], layer.kind, place(layer.alibi))
     numbers += (layer.scale, layer.softcap, layer.residual_scale)
@@ -306,13 +308,15 @@ def _experts(experts: DecoderExperts | None, place: Callable[[Tensor], int]) -> 
     return [*map(place, given), how, experts.inner_features, experts.chosen]
 
 
-def _columns(layer: DecoderLayer) -> tuple[int, int, int]:
-    """Where keys and values begin among the projections, and from head to head."""
-    dim = layer.head_dim
-    if layer.interleaved:
-        return dim, 2 * dim, 3 * dim
-    queries = layer.heads * dim
-    return queries, queries + layer.kv_heads * dim, dim
+def _columns(layer: DecoderLayer) -> tuple[int, int, int, int]:
+    """How many groups there are in a row of the projections, how wide they are, and where in them
+    keys and values begin."""
+    groups = max(layer.groups, 1)  # the op refuses others
+    queries, keys = (n // groups * layer.head_dim for n in (layer.heads, layer.kv_heads))
+    first, second = queries, queries + keys
+    if layer.values_first:
+        first, second = second, first
+    return layer.groups, queries + 2 * keys, first, second
 
 
 Each: TypeAlias = Tensor | Sequence[Tensor]  # one, or one for each kind of layer

@@ -176,6 +176,10 @@ class PackedTransposed(PackedWeight):
         return super()._plain().t().contiguous()
 
 
+# What `pack_linear` returns.
+MATRICES: tuple[type, ...] = (PackedWeight, PackedTransposed)
+
+
 def pack_linear(weight: Tensor, rounded: bool = False, transposed: bool = False) -> PackedWeight:
     """The weight of a linear layer, packed; `.unpack()` gives it back exactly.
 

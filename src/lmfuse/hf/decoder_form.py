@@ -17,31 +17,40 @@ from torch import Tensor, nn
 
 from lmfuse import functional
 from lmfuse.functional import DecoderExperts, DecoderLayer, DecoderLinear, DecoderNorm
-from lmfuse.hf import attention, decoder_small, norm, rope, swap
+from lmfuse.hf import attention, decoder_small, linear, norm, rope, swap
 from lmfuse.hf.attention_modules import FusedAttention
-from lmfuse.modules import QuantizedExperts, QuantizedLinear, experts
+from lmfuse.modules import QuantizedExperts, experts
 from lmfuse.modules.decoder import described_linear
 
 # How the parts are called in transformers.
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention")
-_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("Wqkv",))
-_OUTPUT = ("o_proj", "out_proj", "dense")
+_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("Wqkv",),
+    ("c_attn",),
+)
+_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
 _MLP = (
     ("gate_proj", "up_proj", "down_proj"),
     ("gate_up_proj", "down_proj"),
     ("up_proj", "down_proj"),
     ("fc1", "fc2"),
+    ("fc_in", "fc_out"),
     ("c_fc", "c_proj"),
     ("dense_h_to_4h", "dense_4h_to_h"),
 )
 _ACT = ("act_fn", "activation_fn", "act", "gelu_impl")
 _ROUTERS, _EXPERTS = ("gate", "router"), "experts"
-_BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm", "norm_1")
-_AFTER_ATTENTION = ("post_attention_layernorm", "final_layer_norm", "norm_2")
+_BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm", "norm_1", "ln_1", "ln_attn")
+_AFTER_ATTENTION = ("post_attention_layernorm", "final_layer_norm", "norm_2", "ln_2", "ln_mlp")
 _AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 _QUERY_KEY = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 CACHE = ("past_key_values", "layer_past")
 _ALIBI = ("alibi", "position_bias")
+ANGLES = "embed_positions"  # a buffer of attention: sin and cos by position
+_CODEGEN = 4  # groups of heads: so many accelerators has its weight been for
 
 # The fields of functional.DecoderLayer in the order of Form.norms.
 _NORMS = (
@@ -75,7 +84,9 @@ class Form:
             those that are not there: before attention, of query, of key, after attention, before
             and after the MLP.
         cache: how the layer's forward calls its cache.
+        arguments: how it calls what it is given besides the hidden states.
         table_step: which columns of the tables of RoPE count: every, or every other.
+        angles: attention has the tables itself.
         type: what the config calls the layer; a model gives those of one type the same.
         router, experts: names of the parts of a mixture, in place of mlp.
         alibi: slopes, and what the layer's forward calls what is made of them.
@@ -89,6 +100,7 @@ class Form:
     mlp: tuple[str, ...]
     norms: tuple[str | None, ...]
     cache: str
+    arguments: tuple[str, ...]
     heads: int
     kv_heads: int
     head_dim: int
@@ -97,10 +109,12 @@ class Form:
     scale: float
     softcap: float
     window: int | None
-    interleaved: bool = False
+    groups: int = 1
+    values_first: bool = False
     rotary_dim: int = 0
     rotary_half: bool = True
     table_step: int = 1
+    angles: bool = False
     parallel: bool = False
     residual_scale: float = 1.0
     type: str | None = None
@@ -124,12 +138,12 @@ class Form:
     def described(
         self,
         layer: nn.Module,
-        linear: Callable[[Any], DecoderLinear] = described_linear,
+        described: Callable[[Any], DecoderLinear] = described_linear,
         kind: int = 0,
     ) -> DecoderLayer:
-        """`layer` for the op; `linear` says what a linear layer is."""
+        """`layer` for the op; `described` says what a linear layer is."""
         modules: list[Any] = self.linears(layer)
-        linears = [linear(m) for m in modules]
+        linears = [described(m) for m in modules]
         query, key, value = linears[:3] if len(self.projections) == 3 else (linears[0], None, None)
         output, *mlp = linears[len(self.projections) :]
         modules = self.norm_modules(layer)
@@ -149,7 +163,8 @@ class Form:
             self.gated,
             self.activation,
             **dict(zip(_NORMS, norms, strict=True)),
-            interleaved=self.interleaved,
+            groups=self.groups,
+            values_first=self.values_first,
             rotary_dim=self.rotary_dim,
             rotary_half=self.rotary_half,
             softcap=self.softcap,
@@ -199,13 +214,20 @@ def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
         parts = _parts(layer, attn_name, attn)
     except _UnknownError as reason:
         return str(reason)
-    tables = rope._tables(model, f"{name}.{attn_name}")
+    x = swap.random(swap.generator(), 1, 6, decoder_small.HIDDEN)
+    positions = torch.arange(x.shape[1]).unsqueeze(0)
+    if parts.angles:
+        tables = [made] if (made := looked_up(attn, positions)) is not None else []
+    else:
+        tables = rope._tables(model, f"{name}.{attn_name}")
     if isinstance(attn, rope.FusedRope) and not tables:
         return "no table of its RoPE was found"
-    x = swap.random(swap.generator(), 1, 6, decoder_small.HIDDEN)
     try:
         small = decoder_small.small_copy(layer, parts)
-        expected = decoder_small.run(small, parts, x, tables, _called(small, _ALIBI))
+        given = {"position_ids": positions}
+        if tables and not parts.angles:
+            given["position_embeddings"] = tables[0]
+        expected = decoder_small.run(small, parts, x, given, _called(small, _ALIBI))
     except Exception as error:  # it is foreign code
         return f"its forward refused a test input: {error}"
     asked = vars(small.get_submodule(attn_name)).get(decoder_small.ASKED)
@@ -260,6 +282,7 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
         tuple(inner + n for n in mlp),
         (norms[0], *heads, *norms[1:]),
         _called(layer, CACHE) or CACHE[0],
+        tuple(_arguments(layer)[2:]),
         heads=0,
         kv_heads=0,
         head_dim=0,
@@ -272,6 +295,7 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
         residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
         type=_type(attn),
         negated=not getattr(attn, "takes_our_mask", True),
+        angles=isinstance(attn, FusedAttention) and ANGLES in attn._buffers,
     )
     if mixed is not None:
         router, _, chosen = mixed
@@ -310,14 +334,18 @@ def _type(attn: Any) -> str | None:
 
 def _called(layer: nn.Module, names: tuple[str, ...]) -> str | None:
     """Which of `names` is a parameter of the layer's forward."""
-    kind = getattr(type(layer), "fused_stock", type(layer))
-    parameters = inspect.signature(kind.forward).parameters
+    parameters = _arguments(layer)
     return next((name for name in names if name in parameters), None)
+
+
+def _arguments(layer: nn.Module) -> list[str]:
+    kind = getattr(type(layer), "fused_stock", type(layer))
+    return list(inspect.signature(kind.forward).parameters)
 
 
 def _first(owner: nn.Module, names: Any, otherwise: str) -> tuple[str, ...]:
     for each in names:
-        if all(isinstance(owner._modules.get(n), (nn.Linear, QuantizedLinear)) for n in each):
+        if all(linear.computes(owner._modules.get(n)) for n in each):
             return tuple(each)
     raise _UnknownError(f"it has {otherwise}")
 
@@ -347,10 +375,11 @@ def _check_complete(layer: nn.Module, form: Form) -> None:
         if not isinstance(module, (norm.FusedNorm, norm.FusedLayerNorm)):
             raise _UnknownError("it has a norm that was not recognised")
         weight = getattr(module, "weight", None)
-        if weight is None or weight.dim() != 1:
-            raise _UnknownError("it has a norm without a weight, or with one for each head")
+        if weight is not None and weight.dim() != 1:
+            raise _UnknownError("it has a norm with a weight for each head")
     parts += [layer.get_submodule(n) for n in (form.router, form.experts) if n is not None]
     known = {id(t) for m in parts for t in (*m.parameters(), *m.buffers())}
+    known |= {id(layer.get_submodule(form.attention)._buffers[ANGLES])} if form.angles else set()
     if any(id(t) not in known for t in (*layer.parameters(), *layer.buffers())):
         raise _UnknownError("it has parameters besides those of its projections, norms and MLP")
 
@@ -379,6 +408,8 @@ def _candidates(
             return
         half, step = _ROPES[attn.fused_form]
         form = replace(form, rotary_dim=tables[0][0].shape[-1], rotary_half=half, table_step=step)
+    elif parts.angles:
+        form = replace(form, rotary_dim=2 * tables[0][0].shape[-1], rotary_half=False)
     elif isinstance(attn, FusedAttention) and tables:
         form = replace(form, rotary_dim=tables[0][0].shape[-1])
     own = float(getattr(attn, "scaling", 1.0))
@@ -386,22 +417,40 @@ def _candidates(
         for parallel in dict.fromkeys((form.parallel, not form.parallel)):
             if parallel and (form.norms[3] or form.norms[5] or form.residual_scale != 1.0):
                 continue
-            one = len(form.projections) == 1 and form.heads == form.kv_heads
-            for interleaved in (True, False) if one else (False,):
+            for groups, values_first in _groups(form):
                 for turned in dict.fromkeys((form.rotary_dim, 0)):  # some leave out RoPE here
                     for normalized in (True, False) if form.experts else (True,):
                         yield replace(
                             form,
                             scale=scale,
                             parallel=parallel,
-                            interleaved=interleaved,
+                            groups=groups,
+                            values_first=values_first,
                             rotary_dim=turned,
                             normalized=normalized,
                         )
 
 
-def _packed(linear: nn.Linear) -> DecoderLinear:
-    return DecoderLinear(functional.pack_linear(linear.weight), linear.bias)
+def _groups(form: Form) -> list[tuple[int, bool]]:
+    """How the heads may lie in the rows of one projection: how many groups there are of them, and
+    whether values come first in each."""
+    if len(form.projections) > 1:
+        return [(1, False)]
+    found = [(form.kv_heads, False), (1, False)]
+    return found if form.kv_heads % _CODEGEN else [*found, (_CODEGEN, True)]
+
+
+def looked_up(attn: Any, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    """cos and sin out of the table of an attention module, or None if it has too few rows."""
+    try:
+        sin, cos = nn.functional.embedding(positions, attn._buffers[ANGLES]).chunk(2, -1)
+    except IndexError:
+        return None
+    return cos, sin
+
+
+def _packed(plain: nn.Linear) -> DecoderLinear:
+    return DecoderLinear(functional.pack_linear(plain.weight), plain.bias)
 
 
 def _agrees(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lmfuse import functional
 from lmfuse.hf import attention, swap
 from lmfuse.hf.attention_modules import FusedAttention
+from lmfuse.hf.linear import features
 
 if TYPE_CHECKING:
     from lmfuse.hf.decoder_form import Form
@@ -60,8 +61,8 @@ def small_copy(layer: nn.Module, form: Form) -> nn.Module:
                 k: None if p is None else nn.Parameter(swap.random(random, n or p.numel()))
                 for k, p in module._parameters.items()
             }
-            if hasattr(module, "normalized_shape"):
-                new.__dict__["normalized_shape"] = tuple(new.weight.shape)  # type: ignore
+            if n is not None and hasattr(module, "normalized_shape"):
+                new.__dict__["normalized_shape"] = (n,)
         for name, child in module._modules.items():
             new._modules[name] = None if child is None else copied(child)
         if module is layer.get_submodule(form.attention) and whose:
@@ -108,7 +109,7 @@ def _small_mixture(random: torch.Generator, layer: nn.Module, form: Form) -> dic
 def _random_linear(
     random: torch.Generator, like: Any, out: int | None, inputs: int | None
 ) -> nn.Linear:
-    out, inputs = out or like.out_features, inputs or like.in_features
+    out, inputs = (a or b for a, b in zip((out, inputs), features(like), strict=True))
     biased = like.bias is not None
     linear = nn.Linear(inputs, out, bias=biased, device="meta").to_empty(device="cpu")
     with torch.no_grad():
@@ -145,15 +146,13 @@ def run(
     small: nn.Module,
     form: Form,
     x: Tensor,
-    tables: list[tuple[Tensor, Tensor]],
+    given: dict[str, Any],
     alibi: str | None,
 ) -> Any:
-    """The forward of a copy; `alibi`: what it calls biases by distance, if it takes them."""
+    """The forward of a copy, given this; `alibi`: what it calls biases by distance, if it takes
+    them."""
     transformers.AttentionInterface.register(_PROBE, _probed)
-    kwargs: dict[str, Any] = {"attention_mask": None, form.cache: None}
-    if tables:
-        kwargs["position_embeddings"] = tables[0]
-    kwargs["position_ids"] = torch.arange(x.shape[1]).unsqueeze(0)
+    kwargs: dict[str, Any] = {"attention_mask": None, form.cache: None, **given}
     if alibi is not None:  # Falcon has it or RoPE
         wanted = getattr(getattr(small, "config", None), "alibi", True)
         heads = getattr(small.get_submodule(form.attention), "num_heads", 1)

@@ -46,15 +46,15 @@ def attend(layer: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Ten
     batch, tokens, _ = x.shape
     heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
     parts = [linear(x, p) for p in (layer.query, layer.key, layer.value) if p is not None]
-    if layer.interleaved:
-        q, k, v = torch.split(parts[0].view(batch, tokens, heads, 3 * dim), dim, -1)
-        q, k = norm(layer.query_norm, q), norm(layer.key_norm, k)
-    else:
-        if len(parts) == 1:
-            parts = list(torch.split(parts[0], [heads * dim, kv_heads * dim, kv_heads * dim], -1))
-        parts[0] = over(layer.query_norm, parts[0], dim)
-        parts[1] = over(layer.key_norm, parts[1], dim)
-        q, k, v = (p.reshape(batch, tokens, -1, dim) for p in parts)
+    if len(parts) == 1:
+        groups = parts[0].unflatten(-1, (layer.groups, -1))
+        each = [n // layer.groups * dim for n in (heads, kv_heads, kv_heads)]
+        parts = [p.flatten(2) for p in torch.split(groups, each, -1)]
+        if layer.values_first:
+            parts[1:] = parts[:0:-1]
+    parts[0] = over(layer.query_norm, parts[0], dim)
+    parts[1] = over(layer.key_norm, parts[1], dim)
+    q, k, v = (p.reshape(batch, tokens, -1, dim) for p in parts)
     if layer.rotary_dim and cos is not None and sin is not None:
         q, k = (rotated(p, layer, cos, sin) for p in (q, k))
     out = attention(
@@ -110,7 +110,7 @@ def rotated(x: Tensor, layer: Any, cos: Tensor, sin: Tensor) -> Tensor:
 
 def over(given: Any, x: Tensor, dim: int) -> Tensor:
     """A norm over heads of `dim`, or over the whole row."""
-    if given is None or given.weight.numel() != dim:
+    if given is None or (given.weight is not None and given.weight.numel() != dim):
         return norm(given, x)
     return norm(given, x.reshape(*x.shape[:-1], -1, dim)).flatten(-2)
 
@@ -119,7 +119,7 @@ def norm(given: Any, x: Tensor) -> Tensor:
     """x itself if there is none."""
     if given is None:
         return x
-    weight = given.weight.to(x) + given.offset
+    weight = None if given.weight is None else given.weight.to(x) + given.offset
     if not given.centered:
         return rms_norm(x, weight, given.eps)
     return layer_norm(x, weight, None if given.bias is None else given.bias.to(x), given.eps)

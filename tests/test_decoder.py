@@ -35,13 +35,16 @@ def norm(n: int, dtype: torch.dtype, centered: bool = False) -> DecoderNorm:
     return DecoderNorm(1 + 0.3 * torch.randn(n).to(dtype), bias, 1e-5, centered)
 
 
-def mixture(experts: int, dtype: torch.dtype, chosen: int, normalized: bool) -> DecoderExperts:
+def mixture(
+    experts: int, dtype: torch.dtype, chosen: int, normalized: bool, gate: bool
+) -> DecoderExperts:
     gate_up = (torch.randn(experts, 2 * INNER, HIDDEN) / HIDDEN**0.5).to(dtype)
     down = (torch.randn(experts, HIDDEN, INNER) / INNER**0.5).to(dtype)
     router = linear(experts, HIDDEN, dtype)
     router = DecoderLinear(pack_linear(router.weight.unpack() * 4))
     packed = functional.pack_experts(gate_up, 2), functional.pack_experts(down)
-    return DecoderExperts(router, *packed, INNER, chosen, normalized)
+    shared_gate = linear(1, HIDDEN, dtype) if gate else None
+    return DecoderExperts(router, *packed, INNER, chosen, normalized, shared_gate=shared_gate)
 
 
 # What layers of transformers differ in, a few at a time.
@@ -68,6 +71,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "no norms, scaled": {"before": False, "residual_scale": 0.25, "activation": "gelu_tanh"},
     "plain relu": {"gated": False, "activation": "relu"},
     "experts": {"experts": 5, "rotary_dim": DIM},
+    "shared expert": {"experts": 4, "shared": 56, "rotary_dim": DIM},
+    "shared expert, gelu": {
+        "experts": 3,
+        "shared": 90,
+        "shared_gate": False,
+        "activation": "gelu_tanh",
+        "after": True,
+    },
     "experts, gelu": {"experts": 3, "normalized": False, "activation": "gelu", "after": True},
     "alibi": {
         "alibi": torch.tensor([0.5, 0.25, 0.125, 0.0625]),
@@ -92,6 +103,9 @@ def make(
     experts: int = 0,
     chosen: int = 2,
     normalized: bool = True,
+    shared: int = 0,
+    shared_gate: bool = True,
+    inner: int = INNER,
     **options: Any,
 ) -> DecoderLayer:
     q, kv = heads * DIM, kv_heads * DIM
@@ -111,13 +125,16 @@ def make(
         norms["key_norm"] = norm(kv if wide_norms else DIM, dtype)
     if not weights:
         norms = {name: replace(n, weight=None, bias=None) for name, n in norms.items()}
+    inner = shared or inner
     mlp = (
-        linear(halves * INNER, HIDDEN, dtype, bias),
-        linear(INNER, HIDDEN, dtype, bias) if gated and not fused else None,
-        linear(HIDDEN, INNER, dtype, bias),
+        linear(halves * inner, HIDDEN, dtype, bias),
+        linear(inner, HIDDEN, dtype, bias) if gated and not fused else None,
+        linear(HIDDEN, inner, dtype, bias),
     )
     if experts:
-        options["experts"] = mixture(experts, dtype, chosen, normalized)
+        gate = shared > 0 and shared_gate
+        options["experts"] = mixture(experts, dtype, chosen, normalized, gate)
+    if experts and not shared:
         mlp = None, None, None
     return DecoderLayer(
         heads,
@@ -184,7 +201,17 @@ def test_reference(isa: str, dtype: torch.dtype, form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["llama", "norms everywhere", "neox", "falcon", "codegen", "alibi", "experts, gelu"]
+    "form",
+    [
+        "llama",
+        "norms everywhere",
+        "neox",
+        "falcon",
+        "codegen",
+        "alibi",
+        "experts, gelu",
+        "shared expert",
+    ],
 )
 def test_bits_depend_on_the_row_alone(isa: str, dtype: torch.dtype, form: str) -> None:
     """Not on the batch, the piece of the prompt, or the number of threads."""
@@ -219,6 +246,41 @@ def test_stack_is_layer_after_layer(dtype: torch.dtype) -> None:
         one.cos, one.sin = run.cos, run.sin
         x = one.pieces(9)
     assert_same_bits(y, x)
+
+
+def test_transposed_weights() -> None:
+    """Those of transformers' Conv1D: their bytes are the same."""
+    layer, x = make(F32, fused=True), torch.randn(2, 5, HIDDEN)
+
+    def turned(given: Any) -> DecoderLinear:
+        weight = given.weight.unpack().t().contiguous()
+        return replace(given, weight=pack_linear(weight, transposed=True))
+
+    other = replace(layer, **{n: turned(getattr(layer, n)) for n in ("query", "output", "down")})
+    assert_same_bits(Run([other], x).pieces(5), Run([layer], x).pieces(5))
+
+
+def test_mlps_of_several_sizes(isa: str, dtype: torch.dtype) -> None:
+    """And mixtures, with a shared expert and without, among them; each with its own bits."""
+    options: list[dict[str, Any]] = [
+        {"inner": 24},
+        {"inner": 90},
+        {"experts": 3, "chosen": 3},
+        {"inner": 33, "gated": False, "activation": "relu"},
+        {"experts": 3, "chosen": 3, "shared": 41},
+        {"inner": 90, "fused": True, "activation": "gelu"},
+    ]
+    layers = [make(dtype, rotary_dim=DIM, **each) for each in options]
+    run = Run(layers, torch.randn(2, 9, HIDDEN).to(dtype))
+    whole, expected = run.pieces(9), run.expected()
+    assert (whole.double() - expected).abs().max() / expected.abs().max() < TOLERANCE[dtype]
+    assert_same_bits(run.pieces(1, 4, 4), whole)
+    x = run.x
+    for layer in layers:
+        one = Run([layer], x)
+        one.cos, one.sin = run.cos, run.sin
+        x = one.pieces(9)
+    assert_same_bits(whole, x)
 
 
 class Mixed:
@@ -399,7 +461,7 @@ def test_bad_layouts() -> None:
     with pytest.raises(ValueError, match="one kind must have the same window"):
         Run(two, x).pieces(5)
     with pytest.raises(ValueError, match="the same sizes and form"):
-        Run([make(F32), make(F32, gated=False)], x).pieces(5)
+        Run([make(F32), make(F32, parallel=True)], x).pieces(5)
     with pytest.raises(ValueError, match="kind is 2, but it must be from 0 to 1"):
         decoder_stack([make(F32), make(F32, kind=2)])
     one = [make(F32), make(F32, kind=1)]
@@ -439,16 +501,21 @@ def test_mixtures_that_cannot_be() -> None:
     codes, scales = quantized.sign().to(torch.int8), torch.ones(len(quantized))
     packed = functional.pack_quantized("int8", codes, scales)
     refused("both be packed, or both quantized", TypeError, down=packed)
-    with pytest.raises(ValueError, match="has no other MLP"):
+    with pytest.raises(ValueError, match="gate and down or a router must be given"):
         decoder_stack([replace(good, down=linear(HIDDEN, INNER, F32))])
+    refused("no expert that is shared", shared_gate=linear(1, HIDDEN, F32))
+    shared: Any = make(F32, experts=4, shared=24)
+    gates = replace(shared.experts, shared_gate=linear(2, HIDDEN, F32))
+    with pytest.raises(ValueError, match="shared_gate is 2 by 40, but must be 1 by 40"):
+        decoder_stack([replace(shared, experts=gates)])
     with pytest.raises(ValueError, match="silu or gelu"):
         decoder_stack([replace(good, activation="relu")])
     with pytest.raises(ValueError, match="are gated"):
         decoder_stack([replace(good, gated=False)])
     with pytest.raises(ValueError, match="must be given"):
         decoder_stack([replace(good, experts=None)])
-    with pytest.raises(ValueError, match="same sizes and form"):
-        decoder_stack([good, make(F32)])
+    with pytest.raises(ValueError, match="mixtures of one call must have the same sizes"):
+        decoder_stack([good, make(F32, experts=5)])
     run = Run([good], torch.randn(1, 3, HIDDEN))
     run.x = run.x.bfloat16()
     with pytest.raises((ValueError, TypeError), match="dtype"):

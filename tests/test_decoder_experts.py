@@ -17,6 +17,7 @@ from test_decoder_models import generated, inputs
 from test_hf_attention import TINY
 
 QWEN = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+SHARED = {**QWEN, "shared_expert_intermediate_size": 48}
 # Family, settings, and whether its layers run in the op.
 FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4}, True),
@@ -25,7 +26,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "normalized": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}, True),
     "one of each kind": ("qwen3_moe", {**QWEN, "mlp_only_layers": [0]}, True),
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, True),
-    "shared expert": ("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 48}, False),
+    "shared expert": ("qwen2_moe", SHARED, True),
+    "shared expert, dense": ("qwen2_moe", {**SHARED, "mlp_only_layers": [1]}, True),
 }
 
 

@@ -131,6 +131,25 @@ def test_mpt_that_clips_or_is_copied(runs: list[int]) -> None:
     assert torch.equal(generated(clipped), generated(stock))
 
 
+@pytest.mark.parametrize("how", ["assign", "copy"])
+def test_angles_of_one_layer(how: str, runs: list[int]) -> None:
+    """GPT-J's attention has its tables in each layer, and they may come to differ."""
+    stock = model_of("gptj")
+    ours = lmfuse.optimize(stock)
+    generated(ours)
+    assert 2 in runs
+    runs.clear()
+    for model in (stock, ours):
+        attention = model.transformer.h[1].attn
+        turned = attention.embed_positions.flip(0)
+        if how == "assign":
+            attention.embed_positions = turned
+        else:
+            attention.embed_positions.copy_(turned)
+    assert torch.equal(generated(ours), generated(stock))
+    assert set(runs) == {1}
+
+
 def test_bfloat16() -> None:
     stock = model_of().bfloat16()
     ours = lmfuse.optimize(stock)
@@ -142,7 +161,7 @@ def test_bfloat16() -> None:
     assert (b - exact).norm() <= 1.05 * (a - exact).norm()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom", "gptj", "codegen", "gpt2"])
 def test_prompt_in_pieces_has_the_same_bits(family: str, runs: list[int]) -> None:
     ours = lmfuse.optimize(model_of(family))
     runs.clear()
@@ -290,7 +309,7 @@ class TestWatched:
         assert not runs
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gptj", "gpt2"])
 def test_padding_in_the_middle(family: str) -> None:
     stock = model_of(family)
     ours = lmfuse.optimize(stock)

@@ -24,8 +24,9 @@ struct DecoderNorm {
 struct DecoderLayer {
   DecoderNorm attention_input, query_norm, key_norm, attention_output, mlp_input, mlp_output;
   DecoderLinear query, key, value, output, gate, up, down;
-  // In place of gate, up and down: a mixture of experts, of which the router chooses some.
-  DecoderLinear router;
+  // A mixture of experts, of which the router chooses some. Gate, up and down are then those of an
+  // expert that all tokens share, if there is one: times the sigmoid of shared_gate.
+  DecoderLinear router, shared_gate;
   Mixture experts;
   int64_t chosen, expert_inner;
   bool normalized;  // the weights of those add up to 1
@@ -44,12 +45,13 @@ struct DecoderLayer {
   int64_t hidden() const { return query.k; }
   int64_t attended() const { return heads * head_dim; }
   bool mixes() const { return router.n; }
-  int64_t inner() const { return mixes() ? expert_inner : down.k; }
+  int64_t inner() const { return down.k; }
   bool joined() const { return up.n && activation == PostOp::silu && gate.joins(up); }
   // Those that there are.
   template <class F>
   void each_linear(const F& f) const {
-    for (const DecoderLinear* l : {&query, &key, &value, &output, &gate, &up, &down, &router})
+    for (const DecoderLinear* l : {&query, &key, &value, &output, &gate, &up, &down, &router,
+                                   &shared_gate})
       if (l->n) f(*l);
   }
 };
@@ -68,13 +70,15 @@ class DecoderReader {
       read(l);
       if (l.kind == static_cast<int64_t>(firsts_.size())) firsts_.push_back(&l);
       alike(all[0], l);
+      if (l.mixes() && !mixture_) mixture_ = &l;
+      if (l.mixes()) alike_mixtures(*mixture_, l);
       LMFUSE_CHECK_VALUE(l.window == firsts_[l.kind]->window,
                          "the layers of one kind must have the same window");
     }
     return all;
   }
 
-  static constexpr int64_t kIntegers = 6 * 3 + 8 * 3 + 19, kNumbers = 6 * 2 + 3;
+  static constexpr int64_t kIntegers = 6 * 3 + 9 * 3 + 19, kNumbers = 6 * 2 + 3;
 
  private:
   int64_t integer(int64_t least, int64_t most, const char* name) {
@@ -145,7 +149,7 @@ class DecoderReader {
     return l;
   }
 
-  // In place of an MLP; what router says is how many experts there are.
+  // What router says is how many experts there are.
   void mixture(DecoderLayer& l) {
     constexpr int64_t kMost = int64_t{1} << 31;
     const Tensor* gate_up = parameter("gate_up of the experts");
@@ -189,6 +193,7 @@ class DecoderReader {
     l.up = linear("up");
     l.down = linear("down");
     l.router = linear("router");
+    l.shared_gate = linear("shared_gate");
     mixture(l);
     l.heads = integer(1, kMost, "heads");
     l.kv_heads = integer(1, l.heads, "kv_heads");
@@ -220,7 +225,8 @@ class DecoderReader {
     LMFUSE_CHECK_VALUE(l.kv_heads % l.groups == 0, "there are ", l.kv_heads, " KV heads, which ",
                        l.groups, " groups do not divide");
     LMFUSE_CHECK_VALUE(l.rotary_dim % 2 == 0, "rotary_dim is ", l.rotary_dim, ", but must be even");
-    LMFUSE_CHECK_VALUE(l.query.n && l.output.n && (l.mixes() || (l.gate.n && l.down.n)),
+    LMFUSE_CHECK_VALUE(l.query.n && l.output.n && (l.mixes() || l.down.n) &&
+                           (l.gate.n > 0) == (l.down.n > 0),
                        "query, output, and gate and down or a router must be given");
     const int64_t hidden = l.hidden();
     l.columns = l.query.n + l.key.n + l.value.n;
@@ -236,15 +242,16 @@ class DecoderReader {
     fits(l.output, hidden, l.attended(), "output");
     if (l.mixes()) {
       fits(l.router, l.router.n, hidden, "router");
-      LMFUSE_CHECK_VALUE(!l.gate.n && !l.up.n && !l.down.n && !l.router.bias.data && !l.parallel,
-                         "a layer with a mixture has no other MLP, is not parallel, and its router "
-                         "has no bias");
+      LMFUSE_CHECK_VALUE(!l.router.bias.data && !l.parallel,
+                         "a layer with a mixture is not parallel, and its router has no bias");
       l.experts.act = l.activation == PostOp::gelu_erf    ? Activation::gelu_erf
                       : l.activation == PostOp::gelu_tanh ? Activation::gelu_tanh
                                                           : Activation::silu;
-    } else {
-      mlp(l, hidden);
     }
+    if (l.down.n) mlp(l, hidden);
+    LMFUSE_CHECK_VALUE(!l.shared_gate.n || (l.mixes() && l.down.n),
+                       "shared_gate is given, but no expert that is shared");
+    if (l.shared_gate.n) fits(l.shared_gate, 1, hidden, "shared_gate");
     LMFUSE_CHECK_VALUE(!l.gated || l.activation == PostOp::silu ||
                            l.activation == PostOp::gelu_erf || l.activation == PostOp::gelu_tanh,
                        "the activation of a gated MLP must be silu or gelu");
@@ -281,21 +288,25 @@ class DecoderReader {
                        l.head_dim, " or ", heads * l.head_dim);
   }
 
-  // Equal in all that the activations and, but for the window, the plan of attention depend on.
+  // Equal in all that the plan of attention, but for the window, and its activations depend on.
   static void alike(const DecoderLayer& a, const DecoderLayer& b) {
     LMFUSE_CHECK_VALUE(a.hidden() == b.hidden() && a.heads == b.heads && a.kv_heads == b.kv_heads &&
                            a.head_dim == b.head_dim && a.groups == b.groups &&
                            a.group_stride == b.group_stride && a.columns == b.columns &&
-                           a.inner() == b.inner() && a.gated == b.gated &&
-                           a.parallel == b.parallel && a.router.n == b.router.n &&
-                           a.chosen == b.chosen,
+                           a.parallel == b.parallel,
                        "the layers of one call must have the same sizes and form");
+  }
+  static void alike_mixtures(const DecoderLayer& a, const DecoderLayer& b) {
+    LMFUSE_CHECK_VALUE(
+        a.router.n == b.router.n && a.chosen == b.chosen && a.expert_inner == b.expert_inner,
+        "the mixtures of one call must have the same sizes");
   }
 
   const std::vector<Tensor>& parameters_;
   const int64_t* integer_ = nullptr;
   const double* number_ = nullptr;
   std::vector<const DecoderLayer*> firsts_;  // of each kind
+  const DecoderLayer* mixture_ = nullptr;    // the first
 };
 
 // The layers of a model, read once and kept, so that a step of a few milliseconds does not begin

@@ -101,11 +101,7 @@ class DecoderWorker {
     if (l.mixes()) return mixture(l, y);
     const Matrix& from = l.parallel ? x : c_.middle;
     if (l.joined()) {
-      DecoderProducts gate = normalize(l.mlp_input, from, {&l.gate}, true);
-      gate.at[0].post = PostOp::gate_up;
-      gate.at[0].weight2 = l.up.panels;
-      gate.at[0].bias2 = l.up.bias;
-      multiply(gate, matrix(c_.inner));
+      gate_up(l, normalize(l.mlp_input, from, {&l.gate}, true));
     } else {
       activate(l, normalize(l.mlp_input, from, {&l.gate, &l.up}));
     }
@@ -120,20 +116,61 @@ class DecoderWorker {
     }
   }
 
+  // Into inner.
+  void gate_up(const DecoderLayer& l, DecoderProducts gate) {
+    gate.at[0].post = PostOp::gate_up;
+    gate.at[0].weight2 = l.up.panels;
+    gate.at[0].bias2 = l.up.bias;
+    multiply(gate, matrix(c_.inner));
+  }
+
   // The same, with a mixture of experts for the MLP.
   void mixture(const DecoderLayer& l, const Matrix& y) {
-    multiply(normalize(l.mlp_input, c_.middle, {&l.router}), c_.logits);
+    multiply(normalize(l.mlp_input, c_.middle, {&l.router, &l.shared_gate}), c_.logits);
     const bool plain = l.mlp_input.kind == DecoderNorm::none;
+    const Matrix x = plain ? c_.middle : matrix(c_.normed);
     const auto [begin, end] = w_.share(rows_);
     for (int64_t r = begin; r < end; ++r) route(l, r);
     w_.sync();
     if (w_.index == 0) c_.experts->choose(l.experts, c_.index);
-    w_.sync();
-    ExpertsWorker(*c_.experts, w_, plain ? c_.middle : matrix(c_.normed)).run();
+    if (l.down.n) {
+      shared_expert(l, x, !plain, y);
+    } else {
+      w_.sync();
+    }
+    ExpertsWorker(*c_.experts, w_, x).run();
+    for (int64_t r = begin; l.down.n && r < end; ++r)
+      k_.add_scaled({y, c_.branch, c_.branch, c_.hidden, shared_weight(l, r)}, r, r + 1);
     if (l.mlp_output.kind != DecoderNorm::none)
       k_.norm(norm_args(l.mlp_output, c_.branch, c_.branch, c_.hidden), begin, end);
     k_.add_scaled({c_.branch, c_.middle, y, c_.hidden, l.residual_scale}, begin, end);
     w_.sync();
+  }
+
+  // What the expert that all tokens share makes of x, not yet weighed.
+  void shared_expert(const DecoderLayer& l, const Matrix& x, bool padded, const Matrix& to) {
+    bool waits = false;
+    const auto products = l.joined() ? read(x, padded, {&l.gate}, true, waits)
+                                     : read(x, padded, {&l.gate, &l.up}, false, waits);
+    if (waits && !c_.alone()) w_.sync();
+    if (l.joined()) {
+      gate_up(l, products);
+    } else {
+      activate(l, products);
+    }
+    multiply(collect(c_.inner, {&l.down}), to);
+  }
+
+  // How much it counts for a row: the sigmoid of a logit.
+  float shared_weight(const DecoderLayer& l, int64_t r) const {
+    if (!l.shared_gate.n) return 1.0f;
+    float p[2];  // the softmax of 0 and the logit
+    alignas(8) char pair[8] = {};
+    const int64_t at = r * c_.logits.rows.stride[0] + l.router.n;
+    std::memcpy(pair + c_.element(),
+                static_cast<const char*>(c_.logits.data) + at * c_.element(), c_.element());
+    k_.softmax({{pair, c_.type, {}}, {p, DType::f32, {}}, 2}, 0, 1);
+    return p[1];
   }
 
   // The most probable experts of a row, and how much each counts.

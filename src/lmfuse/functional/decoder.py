@@ -20,7 +20,7 @@ from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _check
 from lmfuse.functional.experts import PackedExperts
 from lmfuse.functional.linear import _POSTS
-from lmfuse.functional.packed import MATRICES, PackedWeight
+from lmfuse.functional.packed import PackedWeight, is_matrix
 from lmfuse.functional.woq import _how
 
 _decoder = ops.decoder.default
@@ -70,7 +70,8 @@ class DecoderExperts:
     """Σ_j p_j · down_e(f(z gate_e^T) · (z up_e^T)), over the experts e with the largest p; see
     `experts`.
 
-    p are the softmax of z R^T, or of those chosen alone, if normalized.
+    p are the softmax of z R^T, or of those chosen alone, if normalized. If the layer has gate, up
+    and down as well, they are of one more expert, which all tokens share: times σ(z s^T), or 1.
 
     Attributes:
         router: R, [experts, hidden], without a bias.
@@ -79,6 +80,7 @@ class DecoderExperts:
         chosen: how many experts.
         normalized: whether p of those chosen add up to 1.
         compute, block_scales: of quantized weights; see `woq_linear`.
+        shared_gate: s, [1, hidden], or None.
     """
 
     router: DecoderLinear
@@ -89,6 +91,7 @@ class DecoderExperts:
     normalized: bool = True
     compute: str = "bf16"
     block_scales: bool = False
+    shared_gate: DecoderLinear | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +114,8 @@ class DecoderLayer:
             queries, then all keys, then all values.) Those of separate projections are one.
         values_first: each group has its values before its keys.
         output, gate, up, down: O, G, U, D. If up is None and the MLP gated, G gives both halves.
-        experts: instead of gate, up and down, which are None then.
+        experts: a mixture of them for the MLP; gate, up and down are None then, or of an expert
+            that all tokens share.
         gated: which of the two forms the MLP has.
         activation: f: relu, gelu, gelu_tanh, silu or (not gated) None.
         attention_input, attention_output, mlp_input, mlp_output: n1, n2, n3, n4.
@@ -163,6 +167,11 @@ class DecoderLayer:
     def router(self) -> DecoderLinear | None:
         """That of the experts."""
         return None if self.experts is None else self.experts.router
+
+    @property
+    def shared_gate(self) -> DecoderLinear | None:
+        """That of the expert which all tokens share."""
+        return None if self.experts is None else self.experts.shared_gate
 
     def linears(self) -> list[DecoderLinear]:
         """Those that there are."""
@@ -259,7 +268,7 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
     for name, linear in _linears(layer):
         if linear is None:
             integers += (-1, -1, -1)
-        elif type(linear.weight) in MATRICES:
+        elif is_matrix(linear.weight):
             integers += (place(linear.weight.packed), -1, place(linear.bias))
         elif linear.weight.dtype is torch.uint8:
             compute, block_scales = _how(linear.compute, linear.block_scales)
@@ -289,7 +298,7 @@ def _norms(layer: DecoderLayer) -> Iterator[DecoderNorm | None]:
 
 
 def _linears(layer: DecoderLayer) -> Iterator[tuple[str, DecoderLinear | None]]:
-    for name in ("query", "key", "value", "output", "gate", "up", "down", "router"):
+    for name in ("query", "key", "value", "output", "gate", "up", "down", "router", "shared_gate"):
         yield name, getattr(layer, name)
 
 
@@ -340,7 +349,8 @@ def decoder(
 
     Args:
         hidden_states: [batch, tokens, hidden], of the dtype of the packed weights.
-        stack: from `decoder_stack`. Its layers have equal sizes, and those of a kind one window.
+        stack: from `decoder_stack`. Attention has equal sizes in all layers, and so have mixtures;
+            layers of a kind have one window.
         caches: `DecoderCaches`, or what they are made of.
         slots: [batch * tokens], int32 or int64: where the new tokens go, row by row.
         block_tables: [batch, at least the longest], int32 or int64: the slots of all keys that a

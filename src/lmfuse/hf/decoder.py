@@ -24,7 +24,7 @@ from transformers.utils import output_capturing
 
 from lmfuse import functional
 from lmfuse.functional import PackedExperts
-from lmfuse.functional.packed import MATRICES
+from lmfuse.functional.packed import is_matrix
 from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.slots import Slots
 from lmfuse.hf import attention, spies, swap
@@ -325,7 +325,7 @@ def _runs(linear: Any) -> bool:
         return type(linear).forward in (QuantizedLinear.forward, SiblingLinear.forward)
     forwards = Linear.forward, SiblingLinear.forward, Transposed.forward
     ours = getattr(type(linear), "forward", None) in forwards
-    return ours and type(linear.weight) in MATRICES
+    return ours and is_matrix(linear.weight)
 
 
 def _mixes(module: Any) -> bool:
@@ -463,17 +463,30 @@ def _told_by_kind(parent: Any, layers: nn.ModuleList) -> bool:
 
 
 def _alike(layers: nn.ModuleList, forms: list[Form]) -> bool:
-    """Whether layers of these forms have the same sizes, and those of a kind the same angles."""
+    """Whether attention in layers of these forms has the same sizes, and so have mixtures; and
+    those of a kind have the same angles."""
     shared: set[Any] = set()
+    mixtures: set[Any] = set()
     turned: dict[Any, set[Any]] = {}
     for form, layer in zip(forms, layers, strict=True):
-        linears: list[Any] = form.linears(layer)
-        sizes = tuple(map(features, linears))
+        names = (*form.projections, form.output)
+        sizes = tuple(features(layer.get_submodule(name)) for name in names)
         heads = form.heads, form.kv_heads, form.head_dim, form.groups
         called = form.attention, form.cache, form.pair, form.alibi and form.alibi[0]
-        shared.add((sizes, heads, called, form.parallel, form.gated))
+        shared.add((sizes, heads, called, form.parallel))
+        if form.router is not None and form.experts is not None:
+            router, experts = map(layer.get_submodule, (form.router, form.experts))
+            mixtures.add((router.weight.shape, form.chosen, _inner(experts)))
         if form.rotary_dim:
             turned.setdefault((form.type, form.window), set()).add(
                 (form.rotary_dim, form.table_step)
             )
-    return len(shared) == 1 and all(len(angles) == 1 for angles in turned.values())
+    one = len(shared) == 1 and len(mixtures) <= 1
+    return one and all(len(angles) == 1 for angles in turned.values())
+
+
+def _inner(experts: Any) -> int:
+    """How many features there are within an expert."""
+    if isinstance(experts, QuantizedExperts):
+        return experts.inner_features
+    return int(experts.down_proj.shape[-1])

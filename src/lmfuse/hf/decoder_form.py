@@ -43,6 +43,7 @@ _MLP = (
 )
 _ACT = ("act_fn", "activation_fn", "act", "gelu_impl")
 _ROUTERS, _EXPERTS = ("gate", "router"), "experts"
+_SHARED, _SHARED_GATE = ("shared_expert", "shared_experts", "shared_mlp"), "shared_expert_gate"
 _BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm", "norm_1", "ln_1", "ln_attn")
 _AFTER_ATTENTION = ("post_attention_layernorm", "final_layer_norm", "norm_2", "ln_2", "ln_mlp")
 _AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -88,7 +89,8 @@ class Form:
         table_step: which columns of the tables of RoPE count: every, or every other.
         angles: attention has the tables itself.
         type: what the config calls the layer; a model gives those of one type the same.
-        router, experts: names of the parts of a mixture, in place of mlp.
+        router, experts: names of the parts of a mixture; mlp is then empty, or of an expert that
+            all tokens share, shared_gate what says how much it counts.
         alibi: slopes, and what the layer's forward calls what is made of them.
         pair: the layer's forward returns attention weights, which are None, as well.
         negated: masks have four dimensions, and are True where keys are hidden.
@@ -120,6 +122,7 @@ class Form:
     type: str | None = None
     router: str | None = None
     experts: str | None = None
+    shared_gate: str | None = None
     chosen: int = 0
     normalized: bool = True
     alibi: tuple[str, tuple[float, ...]] | None = None
@@ -127,9 +130,10 @@ class Form:
     negated: bool = False
 
     def linears(self, layer: nn.Module) -> list[nn.Module]:
-        """In the order query, key, value, output, gate, up, down, without those not there."""
-        names = (*self.projections, self.output, *self.mlp)
-        return [layer.get_submodule(name) for name in names]
+        """In the order query, key, value, output, gate, up, down, shared_gate, without those not
+        there."""
+        names = (*self.projections, self.output, *self.mlp, self.shared_gate)
+        return [layer.get_submodule(name) for name in names if name is not None]
 
     def norm_modules(self, layer: nn.Module) -> list[nn.Module | None]:
         """As `norms`."""
@@ -146,6 +150,7 @@ class Form:
         linears = [described(m) for m in modules]
         query, key, value = linears[:3] if len(self.projections) == 3 else (linears[0], None, None)
         output, *mlp = linears[len(self.projections) :]
+        shared_gate = None if self.shared_gate is None else mlp.pop()
         modules = self.norm_modules(layer)
         norms: list[Any] = [None if m is None else described_norm(m) for m in modules]
         return DecoderLayer(
@@ -172,12 +177,12 @@ class Form:
             parallel=self.parallel,
             residual_scale=self.residual_scale,
             kind=kind,
-            experts=self.mixture(layer),
+            experts=self.mixture(layer, shared_gate),
             alibi=None if self.alibi is None else torch.tensor(self.alibi[1]),
         )
 
-    def mixture(self, layer: nn.Module) -> DecoderExperts | None:
-        """That of `layer`, whose experts are packed or quantized."""
+    def mixture(self, layer: nn.Module, gate: DecoderLinear | None) -> DecoderExperts | None:
+        """That of `layer`, whose experts are packed or quantized, with this shared_gate."""
         if self.router is None or self.experts is None:
             return None
         module: Any = layer.get_submodule(self.experts)
@@ -186,9 +191,9 @@ class Form:
         if isinstance(module, QuantizedExperts):
             given = module.gate_up, module.down, module.inner_features
             how = module.compute, module.block_scales
-            return DecoderExperts(weight, *given, self.chosen, self.normalized, *how)
+            return DecoderExperts(weight, *given, self.chosen, self.normalized, *how, gate)
         given = module.gate_up_proj, module.down_proj, module.gate_up_proj.out_features
-        return DecoderExperts(weight, *given, self.chosen, self.normalized)
+        return DecoderExperts(weight, *given, self.chosen, self.normalized, shared_gate=gate)
 
 
 def described_norm(module: nn.Module) -> DecoderNorm:
@@ -197,7 +202,7 @@ def described_norm(module: nn.Module) -> DecoderNorm:
     if isinstance(module, norm.FusedLayerNorm):
         return DecoderNorm(module.weight, bias, module.eps, True)
     assert isinstance(module, norm.FusedNorm)
-    weight: Any = module.weight
+    weight: Any = getattr(module, "weight", None)
     eps: float = getattr(module, module.fused_eps)
     return DecoderNorm(weight, bias, eps, module.fused_centered, module.fused_offset)
 
@@ -224,7 +229,7 @@ def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
         return "no table of its RoPE was found"
     try:
         small = decoder_small.small_copy(layer, parts)
-        given = {"position_ids": positions}
+        given: dict[str, Any] = {"position_ids": positions}
         if tables and not parts.angles:
             given["position_embeddings"] = tables[0]
         expected = decoder_small.run(small, parts, x, given, _called(small, _ALIBI))
@@ -264,7 +269,8 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
     inner = next((f"{name}." for name in ("mlp", "ffn") if name in layer._modules), "")
     owner = layer.get_submodule(inner[:-1]) if inner else layer
     mixed = _mixture(owner)
-    mlp = _first(owner, _MLP, "no MLP of a known form") if mixed is None else ()
+    mlp = _mlp(owner, mixed is not None)
+    gate = inner + _SHARED_GATE if mixed and _SHARED_GATE in owner._modules else None
     around = [n if _is_norm(layer, n) else None for n in _AROUND_MLP]
     after = next((n for n in _AFTER_ATTENTION if _is_norm(layer, n)), None)
     before = next((n for n in _BEFORE_ATTENTION if _is_norm(layer, n)), None)
@@ -287,7 +293,7 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
         kv_heads=0,
         head_dim=0,
         activation=_activation(act) if mixed is None else mixed[1],
-        gated=len(mlp) != 2 or mlp[0] == "gate_up_proj",
+        gated=len(mlp) != 2 or mlp[0].endswith("gate_up_proj"),
         scale=0.0,
         softcap=0.0,
         window=None,
@@ -299,11 +305,28 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
     )
     if mixed is not None:
         router, _, chosen = mixed
-        found = replace(found, router=inner + router, experts=inner + _EXPERTS, chosen=chosen)
+        found = replace(
+            found,
+            router=inner + router,
+            experts=inner + _EXPERTS,
+            shared_gate=gate,
+            chosen=chosen,
+        )
     _check_complete(layer, found)
     if any(getattr(x, "clip_qkv", None) for x in (attn, getattr(attn, "config", None))):
         raise _UnknownError("it clips queries, keys and values")  # perhaps none of our numbers
     return found
+
+
+def _mlp(owner: nn.Module, mixes: bool) -> tuple[str, ...]:
+    """The layers of the MLP `owner`; if it mixes experts, of the one that all tokens share."""
+    if not mixes:
+        return _first(owner, _MLP, "no MLP of a known form")
+    name = next((n for n in _SHARED if owner._modules.get(n) is not None), None)
+    if name is None:
+        return ()
+    names = _first(owner.get_submodule(name), _MLP, "no shared expert of a known form")
+    return tuple(f"{name}.{n}" for n in names)
 
 
 def _mixture(owner: nn.Module) -> tuple[str, str, int] | None:

@@ -33,7 +33,7 @@ def small_copy(layer: nn.Module, form: Form) -> nn.Module:
     count = len(form.projections)
     sizes: dict[int, tuple[int | None, int | None]] = {}  # out, in; None: as it is
     for i, linear in enumerate(form.linears(layer)):
-        if i < count:
+        if i < count or i > count + len(form.mlp):
             sizes[id(linear)] = None, HIDDEN
         elif i == count:
             sizes[id(linear)] = HIDDEN, None

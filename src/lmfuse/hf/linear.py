@@ -67,7 +67,8 @@ def features(linear: Any) -> tuple[int, int]:
     """How many a linear layer gives and takes."""
     if isinstance(linear, (nn.Linear, QuantizedLinear)):
         return linear.out_features, linear.in_features
-    return tuple(reversed(linear.weight.shape))  # type: ignore[return-value]
+    inputs, out = linear.weight.shape
+    return out, inputs
 
 
 def _is_linear(module: nn.Module) -> bool:

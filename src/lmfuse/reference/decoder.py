@@ -47,7 +47,7 @@ def attend(layer: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Ten
     heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
     parts = [linear(x, p) for p in (layer.query, layer.key, layer.value) if p is not None]
     if len(parts) == 1:
-        groups = parts[0].unflatten(-1, (layer.groups, -1))
+        groups = parts[0].reshape(batch, tokens, layer.groups, -1)
         each = [n // layer.groups * dim for n in (heads, kv_heads, kv_heads)]
         parts = [p.flatten(2) for p in torch.split(groups, each, -1)]
         if layer.values_first:
@@ -74,6 +74,11 @@ def mlp(layer: Any, x: Tensor) -> Tensor:
     """down(f(gate(x)) up(x)), or down(f(gate(x))), or some experts that compute the former."""
     if layer.experts is not None:
         return mixture(layer, x)
+    return dense(layer, x)
+
+
+def dense(layer: Any, x: Tensor) -> Tensor:
+    """The MLP of a layer, or the expert that all tokens share."""
     inner = linear(x, layer.gate)
     if layer.gated:
         gate, up = (inner, linear(x, layer.up)) if layer.up is not None else inner.chunk(2, -1)
@@ -84,7 +89,8 @@ def mlp(layer: Any, x: Tensor) -> Tensor:
 
 
 def mixture(layer: Any, x: Tensor) -> Tensor:
-    """Each token through those experts that the router makes the most probable."""
+    """Each token through those experts that the router makes the most probable, and through that
+    which all share."""
     mixed = layer.experts
     p, index = linear(x, mixed.router).softmax(-1).topk(mixed.chosen)
     if mixed.normalized:
@@ -93,7 +99,11 @@ def mixture(layer: Any, x: Tensor) -> Tensor:
     gate, up = torch.einsum("btk,enk->bten", x, gate_up).chunk(2, -1)
     each = torch.einsum("bten,ekn->btek", _ACTIVATIONS[layer.activation](gate) * up, down)
     rows = each.gather(2, index.unsqueeze(-1).expand(*index.shape, each.shape[-1]))
-    return (rows * p.unsqueeze(-1)).sum(2)
+    y = (rows * p.unsqueeze(-1)).sum(2)
+    if layer.down is None:
+        return y
+    gate = mixed.shared_gate
+    return y + dense(layer, x) * (1.0 if gate is None else linear(x, gate).sigmoid())
 
 
 def rotated(x: Tensor, layer: Any, cos: Tensor, sin: Tensor) -> Tensor:

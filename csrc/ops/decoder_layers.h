@@ -50,8 +50,8 @@ struct DecoderLayer {
   // Those that there are.
   template <class F>
   void each_linear(const F& f) const {
-    for (const DecoderLinear* l : {&query, &key, &value, &output, &gate, &up, &down, &router,
-                                   &shared_gate})
+    for (const DecoderLinear* l :
+         {&query, &key, &value, &output, &gate, &up, &down, &router, &shared_gate})
       if (l->n) f(*l);
   }
 };
@@ -225,9 +225,9 @@ class DecoderReader {
     LMFUSE_CHECK_VALUE(l.kv_heads % l.groups == 0, "there are ", l.kv_heads, " KV heads, which ",
                        l.groups, " groups do not divide");
     LMFUSE_CHECK_VALUE(l.rotary_dim % 2 == 0, "rotary_dim is ", l.rotary_dim, ", but must be even");
-    LMFUSE_CHECK_VALUE(l.query.n && l.output.n && (l.mixes() || l.down.n) &&
-                           (l.gate.n > 0) == (l.down.n > 0),
-                       "query, output, and gate and down or a router must be given");
+    LMFUSE_CHECK_VALUE(
+        l.query.n && l.output.n && (l.mixes() || l.down.n) && (l.gate.n > 0) == (l.down.n > 0),
+        "query, output, and gate and down or a router must be given");
     const int64_t hidden = l.hidden();
     l.columns = l.query.n + l.key.n + l.value.n;
     const int64_t span = l.kv_heads / l.groups * l.head_dim;

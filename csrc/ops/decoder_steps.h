@@ -167,8 +167,8 @@ class DecoderWorker {
     float p[2];  // the softmax of 0 and the logit
     alignas(8) char pair[8] = {};
     const int64_t at = r * c_.logits.rows.stride[0] + l.router.n;
-    std::memcpy(pair + c_.element(),
-                static_cast<const char*>(c_.logits.data) + at * c_.element(), c_.element());
+    std::memcpy(pair + c_.element(), static_cast<const char*>(c_.logits.data) + at * c_.element(),
+                c_.element());
     k_.softmax({{pair, c_.type, {}}, {p, DType::f32, {}}, 2}, 0, 1);
     return p[1];
   }

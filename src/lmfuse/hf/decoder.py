@@ -28,7 +28,8 @@ from lmfuse.functional.packed import is_matrix
 from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.slots import Slots
 from lmfuse.hf import attention, spies, swap
-from lmfuse.hf.decoder_form import ANGLES, CACHE, Form, asks_ours, find, looked_up
+from lmfuse.hf.decoder_find import CACHE, asks_ours, find
+from lmfuse.hf.decoder_form import ANGLES, Form, looked_up
 from lmfuse.hf.linear import features
 from lmfuse.modules import QuantizedExperts, QuantizedLinear
 from lmfuse.modules.experts import PARTS, Experts

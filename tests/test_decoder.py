@@ -64,6 +64,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "rotary_half": False,
         "head_norms": True,
     },
+    "sinks": {"sinks": torch.tensor([0.5, -2.0, 3.0, 0.0]), "rotary_dim": DIM, "window": 6},
     "olmo": {"weights": False, "centered": True, "head_norms": True, "rotary_dim": DIM},
     "one projection": {"fused": True, "rotary_dim": DIM},
     "norms everywhere": {"head_norms": True, "after": True, "rotary_dim": DIM},
@@ -209,6 +210,7 @@ def test_reference(isa: str, dtype: torch.dtype, form: str) -> None:
         "falcon",
         "codegen",
         "alibi",
+        "sinks",
         "experts, gelu",
         "shared expert",
     ],
@@ -444,9 +446,11 @@ def test_bad_layouts() -> None:
     one = [make(F32), make(F32, kind=1)]
     with pytest.raises(ValueError, match="cu_seqlens must be given 2 times, once for each kind"):
         Run(one, x).pieces(5)
-    for slopes, words in ((torch.ones(3), "has 3 elements"), (torch.ones(4).half(), "float32")):
+    for each, words in ((torch.ones(3), "has 3 elements"), (torch.ones(4).half(), "float32")):
         with pytest.raises(ValueError, match=f"alibi.*{words}"):
-            decoder_stack([make(F32, alibi=slopes)])
+            decoder_stack([make(F32, alibi=each)])
+        with pytest.raises(ValueError, match=f"sinks.*{words}"):
+            decoder_stack([make(F32, sinks=each)])
     for groups, words in ((0, "groups is 0"), (4, "from 1 to 3"), (2, "2 groups do not divide")):
         with pytest.raises(ValueError, match=words):
             decoder_stack([make(F32, heads=6, kv_heads=3, fused=True, groups=groups)])

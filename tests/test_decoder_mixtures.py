@@ -10,7 +10,7 @@ import torch
 
 from helpers import F32, assert_same_bits
 from lmfuse import functional
-from lmfuse.functional import decoder_stack
+from lmfuse.functional import DecoderLayer, decoder_stack
 from test_decoder import DIM, HIDDEN, INNER, TOLERANCE, Run, linear, make
 
 
@@ -37,6 +37,28 @@ def test_mlps_of_several_sizes(isa: str, dtype: torch.dtype) -> None:
     assert_same_bits(whole, x)
 
 
+@pytest.mark.parametrize("activation", ["silu", "clamped_swiglu"])
+def test_biases(isa: str, dtype: torch.dtype, activation: str) -> None:
+    """Of experts and of their router."""
+    layers: list[DecoderLayer] = []
+    for _ in range(2):
+        layer = make(dtype, experts=3, chosen=3, rotary_dim=DIM, activation=activation)
+        mixed: Any = layer.experts
+        mixed = replace(
+            mixed,
+            router=replace(mixed.router, bias=torch.randn(3)),
+            gate_up_bias=torch.randn(3, 2 * INNER).to(dtype),
+            down_bias=torch.randn(3, HIDDEN),
+            slope=1.2,
+            limit=0.8,
+        )
+        layers.append(replace(layer, experts=mixed))
+    run = Run(layers, torch.randn(2, 9, HIDDEN).to(dtype))
+    whole, expected = run.pieces(9), run.expected()
+    assert (whole.double() - expected).abs().max() / expected.abs().max() < TOLERANCE[dtype]
+    assert_same_bits(run.pieces(1, 4, 4), whole)
+
+
 def test_mixtures_that_cannot_be() -> None:
     good = make(F32, experts=4)
     mixed: Any = good.experts
@@ -51,7 +73,8 @@ def test_mixtures_that_cannot_be() -> None:
     refused("gate_up of the experts holds a weight 72 by 40", inner_features=8)
     refused("which are not 6 weights", router=linear(3, HIDDEN, F32))
     refused("down of the experts has 30848 bytes", down=mixed.gate_up)
-    refused("its router has no bias", router=linear(4, HIDDEN, F32, bias=True))
+    refused("have 160 elements, but has 287", down_bias=torch.ones(7, 41))
+    refused("the bias of gate_up .* have 576 elements, but has 72", gate_up_bias=torch.ones(72))
     quantized = functional.expert_rows(mixed.down.unpack())
     codes, scales = quantized.sign().to(torch.int8), torch.ones(len(quantized))
     packed = functional.pack_quantized("int8", codes, scales)
@@ -65,6 +88,8 @@ def test_mixtures_that_cannot_be() -> None:
         decoder_stack([replace(shared, experts=gates)])
     with pytest.raises(ValueError, match="silu or gelu"):
         decoder_stack([replace(good, activation="relu")])
+    with pytest.raises(ValueError, match="activation is 'clamped_swiglu'"):
+        decoder_stack([replace(make(F32, experts=4, shared=24), activation="clamped_swiglu")])
     with pytest.raises(ValueError, match="are gated"):
         decoder_stack([replace(good, gated=False)])
     with pytest.raises(ValueError, match="must be given"):

@@ -40,6 +40,7 @@ struct DecoderLayer {
   int64_t window;      // how far a query sees to the left
   int64_t kind;        // those of one kind see the same positions
   const float* alibi;  // slopes of the heads, or null
+  const float* sinks;  // logits of the heads that no key answers, or null
   float scale, softcap, residual_scale;
 
   int64_t hidden() const { return query.k; }
@@ -78,7 +79,7 @@ class DecoderReader {
     return all;
   }
 
-  static constexpr int64_t kIntegers = 6 * 3 + 9 * 3 + 19, kNumbers = 6 * 2 + 3;
+  static constexpr int64_t kIntegers = 6 * 3 + 9 * 3 + 23, kNumbers = 6 * 2 + 5;
 
  private:
   int64_t integer(int64_t least, int64_t most, const char* name) {
@@ -106,10 +107,10 @@ class DecoderReader {
     return {t->const_data_ptr(), dtype(*t, name)};
   }
 
-  const float* slopes(int64_t heads) {
+  const float* of_heads(int64_t heads, const char* name) {
     int64_t size = heads;
-    const Vector found = vector("alibi", size);
-    LMFUSE_CHECK_VALUE(!found.data || found.dtype == DType::f32, "alibi must be float32");
+    const Vector found = vector(name, size);
+    LMFUSE_CHECK_VALUE(!found.data || found.dtype == DType::f32, name, " must be float32");
     return static_cast<const float*>(found.data);
   }
 
@@ -157,13 +158,19 @@ class DecoderReader {
     const int64_t how = integer(-1, 5, "the compute of experts");
     l.expert_inner = integer(0, kMost, "the inner features of experts");
     l.chosen = integer(0, std::max<int64_t>(l.router.n, 0), "chosen");
+    l.experts.act = static_cast<Activation>(integer(0, 3, "the activation of experts"));
+    const Tensor* gate_up_bias = parameter("gate_up_bias of the experts");
+    const Tensor* down_bias = parameter("down_bias of the experts");
+    l.experts.slope = number();
+    l.experts.limit = number();
     LMFUSE_CHECK_VALUE((gate_up != nullptr) == l.mixes() && (down != nullptr) == l.mixes() &&
                            (l.chosen > 0) == l.mixes(),
                        "a mixture has a router, experts and chosen ones, or nothing of these");
     if (!l.mixes()) return;
     const int64_t count = l.router.n, hidden = l.router.k, inner = l.expert_inner;
-    l.experts.gate_up = {*gate_up, 2 * count, inner, hidden, how, "gate_up of the experts"};
-    l.experts.down = {*down, count, hidden, inner, how, "down of the experts"};
+    l.experts.gate_up = {
+        *gate_up, gate_up_bias, 2 * count, inner, hidden, how, "gate_up of the experts"};
+    l.experts.down = {*down, down_bias, count, hidden, inner, how, "down of the experts"};
     LMFUSE_CHECK_VALUE(l.experts.gate_up.type == l.experts.down.type,
                        "the experts must be of one dtype");
   }
@@ -212,7 +219,8 @@ class DecoderReader {
     l.normalized = flags & 4;
     l.activation = static_cast<PostOp>(integer(0, 4, "activation"));
     l.kind = integer(0, static_cast<int64_t>(firsts_.size()), "kind");  // in order of appearance
-    l.alibi = slopes(l.heads);
+    l.alibi = of_heads(l.heads, "alibi");
+    l.sinks = of_heads(l.heads, "sinks");
     l.scale = number();
     l.softcap = number();
     l.residual_scale = number();
@@ -242,17 +250,13 @@ class DecoderReader {
     fits(l.output, hidden, l.attended(), "output");
     if (l.mixes()) {
       fits(l.router, l.router.n, hidden, "router");
-      LMFUSE_CHECK_VALUE(!l.router.bias.data && !l.parallel,
-                         "a layer with a mixture is not parallel, and its router has no bias");
-      l.experts.act = l.activation == PostOp::gelu_erf    ? Activation::gelu_erf
-                      : l.activation == PostOp::gelu_tanh ? Activation::gelu_tanh
-                                                          : Activation::silu;
+      LMFUSE_CHECK_VALUE(!l.parallel, "a layer with a mixture is not parallel");
     }
     if (l.down.n) mlp(l, hidden);
     LMFUSE_CHECK_VALUE(!l.shared_gate.n || (l.mixes() && l.down.n),
                        "shared_gate is given, but no expert that is shared");
     if (l.shared_gate.n) fits(l.shared_gate, 1, hidden, "shared_gate");
-    LMFUSE_CHECK_VALUE(!l.gated || l.activation == PostOp::silu ||
+    LMFUSE_CHECK_VALUE(!l.gated || !l.down.n || l.activation == PostOp::silu ||
                            l.activation == PostOp::gelu_erf || l.activation == PostOp::gelu_tanh,
                        "the activation of a gated MLP must be silu or gelu");
     LMFUSE_CHECK_VALUE(l.gated || !l.mixes(), "the experts of a mixture are gated");

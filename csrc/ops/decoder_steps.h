@@ -382,6 +382,7 @@ class DecoderWorker {
     a.scale = l.scale;
     a.softcap = l.softcap;
     a.alibi = l.alibi;
+    a.sinks = l.sinks;
     a.scratch = c_.attention_scratch + w_.index * c_.attention_scratch_step;
     k_.attention(a, kind.shares->begin(w_.index, w_.count),
                  kind.shares->begin(w_.index + 1, w_.count));

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _check
-from lmfuse.functional.experts import PackedExperts
+from lmfuse.functional.experts import ACTIVATIONS, PackedExperts
 from lmfuse.functional.linear import _POSTS
 from lmfuse.functional.packed import PackedWeight, is_matrix
 from lmfuse.functional.woq import _how
@@ -74,13 +74,14 @@ class DecoderExperts:
     and down as well, they are of one more expert, which all tokens share: times σ(z s^T), or 1.
 
     Attributes:
-        router: R, [experts, hidden], without a bias.
+        router: R, [experts, hidden], and perhaps a bias.
         gate_up, down: of `pack_experts`, or of `pack_quantized`, as `experts` is given them.
         inner_features: n.
         chosen: how many experts.
         normalized: whether p of those chosen add up to 1.
         compute, block_scales: of quantized weights; see `woq_linear`.
         shared_gate: s, [1, hidden], or None.
+        gate_up_bias, down_bias, slope, limit: see `experts`.
     """
 
     router: DecoderLinear
@@ -92,6 +93,10 @@ class DecoderExperts:
     compute: str = "bf16"
     block_scales: bool = False
     shared_gate: DecoderLinear | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    slope: float = 1.702
+    limit: float = 7.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +122,7 @@ class DecoderLayer:
         experts: a mixture of them for the MLP; gate, up and down are None then, or of an expert
             that all tokens share.
         gated: which of the two forms the MLP has.
-        activation: f: relu, gelu, gelu_tanh, silu or (not gated) None.
+        activation: f: relu, gelu, gelu_tanh, silu or (not gated) None; of experts one of theirs.
         attention_input, attention_output, mlp_input, mlp_output: n1, n2, n3, n4.
         query_norm, key_norm: nq, nk, over each head, or over all heads of a token at once.
         rotary_dim: how many elements of a head are rotated; 0 for no RoPE.
@@ -128,6 +133,7 @@ class DecoderLayer:
         parallel: attention and MLP read the same x.
         residual_scale: c.
         alibi: float32 [heads], or None: slope · distance is subtracted from the scores.
+        sinks: float32 [heads], or None: each a score more in the softmax, without a value.
         kind: which of the slots, tables and angles of a call the layer uses: those of one kind see
             the same positions. The first layer has 0, and each new kind the next number.
     """
@@ -161,6 +167,7 @@ class DecoderLayer:
     residual_scale: float = 1.0
     kind: int = 0
     alibi: Tensor | None = None
+    sinks: Tensor | None = None
     experts: DecoderExperts | None = None
 
     @property
@@ -278,8 +285,13 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
                 f"the weight of {name} is neither packed nor quantized; see pack_linear and "
                 "pack_quantized"
             )
-    integers += _experts(layer.experts, place)
-    if layer.activation not in _POSTS or _POSTS[layer.activation] > 4:
+    of_experts, of_activation = _experts(layer, place)
+    integers += of_experts
+    numbers += of_activation
+    post = _POSTS.get(layer.activation, 5)
+    if layer.experts is not None and layer.down is None:
+        post = 0
+    if post > 4:
         raise ValueError(
             f"activation is {layer.activation!r}, but must be relu, gelu, gelu_tanh, silu or None"
         )
@@ -287,7 +299,7 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
     flags = layer.parallel + 2 * layer.gated + 4 * normalized
     integers += (layer.heads, layer.kv_heads, layer.head_dim, *_columns(layer))
     integers += (layer.rotary_dim, int(layer.rotary_half), layer.window, flags)
-    integers += (_POSTS[layer.activation], layer.kind, place(layer.alibi))
+    integers += (post, layer.kind, place(layer.alibi), place(layer.sinks))
     numbers += (layer.scale, layer.softcap, layer.residual_scale)
     return integers, numbers
 
@@ -302,9 +314,18 @@ def _linears(layer: DecoderLayer) -> Iterator[tuple[str, DecoderLinear | None]]:
         yield name, getattr(layer, name)
 
 
-def _experts(experts: DecoderExperts | None, place: Callable[[Tensor], int]) -> list[int]:
+def _experts(
+    layer: DecoderLayer, place: Callable[[Tensor | None], int]
+) -> tuple[list[int], tuple[float, float]]:
+    """The integers and numbers of a mixture."""
+    experts, act = layer.experts, layer.activation
     if experts is None:
-        return [-1, -1, -1, 0, 0]
+        return [-1, -1, -1, 0, 0, 0, -1, -1], (0.0, 0.0)
+    if act not in ACTIVATIONS:
+        raise ValueError(
+            f"activation is {act!r}, but that of experts must be silu or gelu, or one "
+            f"of {', '.join(ACTIVATIONS)}"
+        )
     weights: list[Any] = [experts.gate_up, experts.down]
     packed = [isinstance(w, PackedExperts) for w in weights]
     if all(packed):
@@ -314,7 +335,10 @@ def _experts(experts: DecoderExperts | None, place: Callable[[Tensor], int]) -> 
         how, given = 2 * compute + block_scales, weights
     else:
         raise TypeError("gate_up and down of experts must both be packed, or both quantized")
-    return [*map(place, given), how, experts.inner_features, experts.chosen]
+    integers = [*map(place, given), how, experts.inner_features, experts.chosen]
+    biases = (experts.gate_up_bias, experts.down_bias)
+    flat = (None if b is None else b.contiguous().view(-1) for b in biases)
+    return [*integers, ACTIVATIONS.index(act), *map(place, flat)], (experts.slope, experts.limit)
 
 
 def _columns(layer: DecoderLayer) -> tuple[int, int, int, int]:

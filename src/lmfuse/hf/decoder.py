@@ -223,11 +223,10 @@ class _Run:
         modules = [m for layer in layers for m in layer.modules()]
         if len(layers) == 1:
             modules.remove(layers[0])
-        pairs = zip(self.forms, layers, strict=True)
-        routers = [x.get_submodule(f.router).weight for f, x in pairs if f.router is not None]
+        copied = [t for f, x in zip(self.forms, layers, strict=True) for t in f.copied(x)]
         each = zip(self.forms, self.attention, strict=True)
         self.angles = [a._buffers[ANGLES] for f, a in each if f.angles]
-        self.parts = Parts(modules, layers, routers + self.angles)
+        self.parts = Parts(modules, layers, copied + self.angles)
         dtypes = {p.dtype for layer in layers for p in layer.parameters()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self.stack = self._stack()
@@ -334,7 +333,7 @@ def _mixes(module: Any) -> bool:
     if type(module) is QuantizedExperts:
         return True
     packed = isinstance(module, Experts)
-    return packed and all(type(getattr(module, name)) is PackedExperts for name in PARTS)
+    return packed and all(isinstance(getattr(module, name), PackedExperts) for name in PARTS)
 
 
 def _acts(hooks: dict[int, Callable[..., Any]]) -> bool:
@@ -374,7 +373,9 @@ def _accepted(form: Form, given: dict[str, Any], owner: Any) -> _Tables | None:
         positions = given.get("position_ids")
         return None if positions is None else looked_up(owner, positions)
     tables = given.get("position_embeddings")
-    if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].shape[-1] != form.rotary_dim:
+    if not isinstance(tables, tuple) or len(tables) != 2:
+        return None
+    if tables[0].shape[-1] * form.table_times != form.rotary_dim:
         return None
     if form.table_step == 1:
         return tables
@@ -487,7 +488,7 @@ def _alike(layers: nn.ModuleList, forms: list[Form]) -> bool:
 
 
 def _inner(experts: Any) -> int:
-    """How many features there are within an expert."""
+    """How many weights each expert has for its result."""
     if isinstance(experts, QuantizedExperts):
-        return experts.inner_features
-    return int(experts.down_proj.shape[-1])
+        return experts.inner_features * experts.hidden_features
+    return int(experts.down_proj.numel() // len(experts.down_proj))

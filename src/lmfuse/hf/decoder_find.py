@@ -50,6 +50,7 @@ _AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 _QUERY_KEY = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 CACHE = ("past_key_values", "layer_past")
 _ALIBI = ("alibi", "position_bias")
+_SINKS = "sinks"
 _CODEGEN = 4  # groups of heads: so many accelerators has its weight been for
 
 _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -59,9 +60,10 @@ _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
 }
 _ROPES = {
-    "rope (half)": (True, 1),
-    "rope (interleaved)": (False, 1),
-    "rope (interleaved, doubled table)": (False, 2),
+    "rope (half)": (True, 1, 1),
+    "rope (half, single table)": (True, 1, 2),
+    "rope (interleaved)": (False, 1, 1),
+    "rope (interleaved, doubled table)": (False, 2, 1),
 }
 
 
@@ -159,6 +161,7 @@ def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
         residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
         type=_type(attn),
         negated=not getattr(attn, "takes_our_mask", True),
+        sinks=f"{attn_name}.{_SINKS}" if _SINKS in attn._parameters else None,
         angles=isinstance(attn, FusedAttention) and ANGLES in attn._buffers,
     )
     if mixed is not None:
@@ -195,7 +198,7 @@ def _mixture(owner: nn.Module) -> tuple[str, str, int] | None:
         return None
     router: Any = owner._modules[name]
     chosen = getattr(router, "top_k", None)
-    if router._parameters.keys() != {"weight"} or router._buffers or router._modules:
+    if not router._parameters.keys() <= {"weight", "bias"} or router._buffers or router._modules:
         return None
     if isinstance(module, QuantizedExperts):
         act: str | None = module.act
@@ -260,6 +263,7 @@ def _check_complete(layer: nn.Module, form: Form) -> None:
             raise _UnknownError("it has a norm with a weight for each head")
     parts += [layer.get_submodule(n) for n in (form.router, form.experts) if n is not None]
     known = {id(t) for m in parts for t in (*m.parameters(), *m.buffers())}
+    known |= {id(layer.get_parameter(form.sinks))} if form.sinks is not None else set()
     known |= {id(layer.get_submodule(form.attention)._buffers[ANGLES])} if form.angles else set()
     if any(id(t) not in known for t in (*layer.parameters(), *layer.buffers())):
         raise _UnknownError("it has parameters besides those of its projections, norms and MLP")
@@ -270,7 +274,9 @@ def _candidates(
 ) -> Iterator[Form]:
     query, key, options = asked
     name, slopes = _called(layer, _ALIBI), options.get("alibi")
-    if options.get("s_aux") is not None or options.get("position_bias") is not None:
+    if (options.get("s_aux") is None) != (parts.sinks is None):
+        return
+    if options.get("position_bias") is not None:
         return
     dim: int = query[3]
     scale = options.get("scaling")
@@ -287,8 +293,9 @@ def _candidates(
     if isinstance(attn, rope.FusedRope):
         if attn.fused_form not in _ROPES:
             return
-        half, step = _ROPES[attn.fused_form]
-        form = replace(form, rotary_dim=tables[0][0].shape[-1], rotary_half=half, table_step=step)
+        half, step, times = _ROPES[attn.fused_form]
+        width = times * tables[0][0].shape[-1]
+        form = replace(form, rotary_dim=width, rotary_half=half, table_step=step, table_times=times)
     elif parts.angles:
         form = replace(form, rotary_dim=2 * tables[0][0].shape[-1], rotary_half=False)
     elif isinstance(attn, FusedAttention) and tables:

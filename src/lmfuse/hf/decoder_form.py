@@ -14,6 +14,7 @@ from lmfuse.functional import DecoderExperts, DecoderLayer, DecoderLinear, Decod
 from lmfuse.hf import norm
 from lmfuse.modules import QuantizedExperts
 from lmfuse.modules.decoder import described_linear
+from lmfuse.modules.experts import PARTS
 
 ANGLES = "embed_positions"  # a buffer of attention: sin and cos by position
 
@@ -39,12 +40,14 @@ class Form:
         cache: how the layer's forward calls its cache.
         arguments: how it calls what it is given besides the hidden states.
         table_step: which columns of the tables of RoPE count: every, or every other.
+        table_times: how many times as wide as the tables are is what they rotate.
         angles: attention has the tables itself.
         type: what the config calls the layer; a model gives those of one type the same.
         router, experts: names of the parts of a mixture; mlp is then empty, or of an expert that
             all tokens share, shared_gate what says how much it counts.
         alibi: slopes, and what the layer's forward calls what is made of them.
         pair: the layer's forward returns attention weights, which are None, as well.
+        sinks: the parameter with a score more for each head.
         negated: masks have four dimensions, and are True where keys are hidden.
     """
 
@@ -68,6 +71,7 @@ class Form:
     rotary_dim: int = 0
     rotary_half: bool = True
     table_step: int = 1
+    table_times: int = 1
     angles: bool = False
     parallel: bool = False
     residual_scale: float = 1.0
@@ -78,6 +82,7 @@ class Form:
     chosen: int = 0
     normalized: bool = True
     alibi: tuple[str, tuple[float, ...]] | None = None
+    sinks: str | None = None
     pair: bool = False
     negated: bool = False
 
@@ -131,6 +136,7 @@ class Form:
             kind=kind,
             experts=self.mixture(layer, shared_gate),
             alibi=None if self.alibi is None else torch.tensor(self.alibi[1]),
+            sinks=None if self.sinks is None else layer.get_parameter(self.sinks).detach().float(),
         )
 
     def mixture(self, layer: nn.Module, gate: DecoderLinear | None) -> DecoderExperts | None:
@@ -139,13 +145,26 @@ class Form:
             return None
         module: Any = layer.get_submodule(self.experts)
         router: Any = layer.get_submodule(self.router)
-        weight = DecoderLinear(functional.pack_linear(router.weight))
+        bias = getattr(router, "bias", None)
+        weight = DecoderLinear(functional.pack_linear(router.weight), bias)
         if isinstance(module, QuantizedExperts):
             given = module.gate_up, module.down, module.inner_features
             how = module.compute, module.block_scales
             return DecoderExperts(weight, *given, self.chosen, self.normalized, *how, gate)
         given = module.gate_up_proj, module.down_proj, module.gate_up_proj.out_features
-        return DecoderExperts(weight, *given, self.chosen, self.normalized, shared_gate=gate)
+        more = module.more()
+        return DecoderExperts(
+            weight, *given, self.chosen, self.normalized, shared_gate=gate, **more
+        )
+
+    def copied(self, layer: nn.Module) -> list[Tensor]:
+        """Parameters of `layer` that `described` may copy."""
+        found: list[Tensor] = [] if self.sinks is None else [layer.get_parameter(self.sinks)]
+        for name in (self.router, self.experts):
+            module = None if name is None else layer.get_submodule(name)
+            if module is not None and not isinstance(module, QuantizedExperts):
+                found += [p for n, p in module.named_parameters() if n not in PARTS]
+        return found
 
 
 def described_norm(module: nn.Module) -> DecoderNorm:

@@ -15,6 +15,7 @@ from lmfuse import functional
 from lmfuse.hf import attention, swap
 from lmfuse.hf.attention_modules import FusedAttention
 from lmfuse.hf.linear import features
+from lmfuse.modules.experts import CLAMPED
 
 if TYPE_CHECKING:
     from lmfuse.hf.decoder_form import Form
@@ -56,7 +57,7 @@ def small_copy(layer: nn.Module, form: Form) -> nn.Module:
         if isinstance(new, swap.Fused) and id(module) not in norm_ids and not whose:
             new.__class__ = type(new).fused_stock  # type: ignore[assignment]
         if module._parameters:
-            n = None if id(module) in over_heads else HIDDEN
+            n = HIDDEN if id(module) in norm_ids - over_heads else None
             new.__dict__["_parameters"] = {
                 k: None if p is None else nn.Parameter(swap.random(random, n or p.numel()))
                 for k, p in module._parameters.items()
@@ -79,16 +80,26 @@ def small_copy(layer: nn.Module, form: Form) -> nn.Module:
 class _Experts(nn.Module):
     """Few features; what the experts compute was tried before."""
 
-    def __init__(self, random: torch.Generator, count: int, act: str) -> None:
+    def __init__(self, random: torch.Generator, count: int, act: str, like: Any) -> None:
         super().__init__()
         gate_up = swap.random(random, count, 2 * _INNER, HIDDEN)
         down = swap.random(random, count, HIDDEN, _INNER)
         self.gate_up_proj = nn.Parameter(functional.pack_experts(gate_up, 2), requires_grad=False)
         self.down_proj = nn.Parameter(functional.pack_experts(down), requires_grad=False)
         self.act = act
+        self.like: dict[str, Any] = {}
+        if act == CLAMPED:
+            biases = (swap.random(random, count, n) for n in (2 * _INNER, HIDDEN))
+            self.like = dict(zip(("gate_up_bias", "down_bias"), biases, strict=True))
+            self.like |= {"slope": float(like.alpha), "limit": float(like.limit)}
+
+    def more(self) -> dict[str, Any]:
+        """See `lmfuse.modules.experts.Experts.more`."""
+        return self.like
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return functional.experts(x, index, weights, self.gate_up_proj, self.down_proj, self.act)
+        args = x, index, weights, self.gate_up_proj, self.down_proj, self.act
+        return functional.experts(*args, **self.like)
 
 
 def _small_mixture(random: torch.Generator, layer: nn.Module, form: Form) -> dict[int, nn.Module]:
@@ -98,11 +109,13 @@ def _small_mixture(random: torch.Generator, layer: nn.Module, form: Form) -> dic
     router: Any = layer.get_submodule(form.router)
     count, hidden = router.weight.shape
     sizes = {k: HIDDEN for k, v in vars(router).items() if type(v) is int and v == hidden}
-    weight = nn.Parameter(swap.random(random, count, HIDDEN))
-    small = swap.copied(router, _parameters={"weight": weight}, **sizes)
+    parameters: dict[str, Any] = {"weight": nn.Parameter(swap.random(random, count, HIDDEN))}
+    if getattr(router, "bias", None) is not None:
+        parameters["bias"] = nn.Parameter(swap.random(random, count))
+    small = swap.copied(router, _parameters=parameters, **sizes)
     replaced = {id(router): small}
     module = layer.get_submodule(form.experts)
-    replaced[id(module)] = _Experts(random, count, str(form.activation))
+    replaced[id(module)] = _Experts(random, count, str(form.activation), module)
     return replaced
 
 

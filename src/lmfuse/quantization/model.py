@@ -247,6 +247,8 @@ def _plan_experts(model: nn.Module, config: WeightOnlyConfig, found: Plan) -> No
     for name, act in known.items():
         module = model.get_submodule(name)
         reason = _reason_against_calls(module, name, config)
+        if act == experts.CLAMPED:
+            reason = "lmfuse quantizes no experts with biases"
         if reason is None:
             found.layers[name], found.acts[name] = module, act
         else:

@@ -65,6 +65,7 @@ def attend(layer: Any, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Ten
         scale=layer.scale,
         softcap=layer.softcap,
         alibi=layer.alibi,
+        sinks=layer.sinks,
         window=(layer.window, -1),
     )
     return out.flatten(2)
@@ -96,8 +97,18 @@ def mixture(layer: Any, x: Tensor) -> Tensor:
     if mixed.normalized:
         p = p / p.sum(-1, keepdim=True)
     gate_up, down = (w.unpack().to(x) for w in (mixed.gate_up, mixed.down))
-    gate, up = torch.einsum("btk,enk->bten", x, gate_up).chunk(2, -1)
-    each = torch.einsum("bten,ekn->btek", _ACTIVATIONS[layer.activation](gate) * up, down)
+    inner = torch.einsum("btk,enk->bten", x, gate_up)
+    if mixed.gate_up_bias is not None:
+        inner = inner + mixed.gate_up_bias.to(x)
+    gate, up = inner.chunk(2, -1)
+    if layer.activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=mixed.limit), up.clamp(-mixed.limit, mixed.limit)
+        inner = gate * (mixed.slope * gate).sigmoid() * (up + 1)
+    else:
+        inner = _ACTIVATIONS[layer.activation](gate) * up
+    each = torch.einsum("bten,ekn->btek", inner, down)
+    if mixed.down_bias is not None:
+        each = each + mixed.down_bias.to(x)
     rows = each.gather(2, index.unsqueeze(-1).expand(*index.shape, each.shape[-1]))
     y = (rows * p.unsqueeze(-1)).sum(2)
     if layer.down is None:

@@ -77,6 +77,7 @@ def test_families(name: str, runs: list[int]) -> None:
         ("shared expert", None),
         ("shared expert, dense", 8),
         ("gpt_oss", None),
+        ("gpt_oss", 4),
     ],
 )
 def test_a_row_has_the_same_bits_in_any_piece(

@@ -138,13 +138,7 @@ def pack_experts(
         TypeError, ValueError: a weight that cannot be packed; see the text of the error.
     """
     _check.tensor("weight", weight)
-    if parts < 1:
-        raise ValueError(f"parts is {parts}, but must be at least 1")
-    if weight.dim() != 3 or not weight.numel() or weight.shape[1 + transposed] % parts:
-        shape = f"[experts, k, {parts} n]" if transposed else f"[experts, {parts} n, k]"
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, but must be {shape}, and not empty"
-        )
+    _check_parts(weight, parts, transposed)
     if weight.is_meta:
         raise ValueError("weight is on meta, without data: load the model before it is packed")
     if rounded and weight.dtype is not torch.float32:
@@ -164,17 +158,28 @@ def pack_experts(
     return kind(packed.view(len(plain) * parts, -1), n, k, plain.dtype, held, parts)
 
 
+def _check_parts(weight: Tensor, parts: int, transposed: bool) -> None:
+    if parts < 1:
+        raise ValueError(f"parts is {parts}, but must be at least 1")
+    if weight.dim() != 3 or not weight.numel() or weight.shape[1 + transposed] % parts:
+        shape = f"[experts, k, {parts} n]" if transposed else f"[experts, {parts} n, k]"
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, but must be {shape}, and not empty"
+        )
+
+
 def panel_rows(n: int) -> int:
     """The rows that a quantized matrix of n rows takes among others: whole panels."""
     return -(-n // _PANEL) * _PANEL
 
 
-def expert_rows(weight: Tensor, parts: int = 1) -> Tensor:
+def expert_rows(weight: Tensor, parts: int = 1, transposed: bool = False) -> Tensor:
     """The matrices of experts one below the other, as `pack_quantized` is to be given them
 
     Args:
         weight: [experts, parts · n, k].
         parts: how many matrices [n, k] of an expert lie one below the other: 2 for gate and up.
+        transposed: as for `pack_experts`.
 
     Returns:
         [experts · parts · 32 ⌈n / 32⌉, k]: each begins a panel, after rows of zeros.
@@ -183,12 +188,11 @@ def expert_rows(weight: Tensor, parts: int = 1) -> Tensor:
         TypeError, ValueError: not a dense tensor of that shape.
     """
     _check.held("weight", weight)
-    if weight.dim() != 3 or not weight.numel() or parts < 1 or weight.shape[1] % parts:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, but must be [experts, {parts} n, k], and not "
-            "empty"
-        )
-    matrices = weight.reshape(weight.shape[0] * parts, -1, weight.shape[2])
+    _check_parts(weight, parts, transposed)
+    if transposed:
+        matrices = expert_matrices(weight, parts).flatten(0, 1)
+    else:
+        matrices = weight.reshape(weight.shape[0] * parts, -1, weight.shape[2])
     short = panel_rows(matrices.shape[1]) - matrices.shape[1]
     padded = torch.nn.functional.pad(matrices, (0, 0, 0, short)) if short else matrices
     return padded.flatten(0, 1)

@@ -149,8 +149,10 @@ class Form:
         weight = DecoderLinear(functional.pack_linear(router.weight), bias)
         if isinstance(module, QuantizedExperts):
             given = module.gate_up, module.down, module.inner_features
-            how = module.compute, module.block_scales
-            return DecoderExperts(weight, *given, self.chosen, self.normalized, *how, gate)
+            how = module.compute, module.block_scales, gate
+            return DecoderExperts(
+                weight, *given, self.chosen, self.normalized, *how, **module.more()
+            )
         given = module.gate_up_proj, module.down_proj, module.gate_up_proj.out_features
         more = module.more()
         return DecoderExperts(
@@ -161,9 +163,9 @@ class Form:
         """Parameters of `layer` that `described` may copy."""
         found: list[Tensor] = [] if self.sinks is None else [layer.get_parameter(self.sinks)]
         for name in (self.router, self.experts):
-            module = None if name is None else layer.get_submodule(name)
-            if module is not None and not isinstance(module, QuantizedExperts):
-                found += [p for n, p in module.named_parameters() if n not in PARTS]
+            if name is not None:
+                parameters = layer.get_submodule(name).named_parameters()
+                found += [p for n, p in parameters if n not in PARTS]
         return found
 
 

@@ -14,7 +14,7 @@ from lmfuse.modules.linear import Packed, packed_class
 
 # Of the parameters, and how many matrices of an expert lie one below the other in each.
 PARTS = {"gate_up_proj": 2, "down_proj": 1}
-_BIASES = tuple(f"{name}_bias" for name in PARTS)
+BIASES = tuple(f"{name}_bias" for name in PARTS)
 CLAMPED = "clamped_swiglu"
 _PLAIN = tuple(act for act in ACTIVATIONS if act != CLAMPED)
 MADE = "_lmfuse_bias"  # of instances: a bias, when it was read, and what was made of it
@@ -62,19 +62,24 @@ class TransposedExperts(Experts):
 
     def more(self) -> dict[str, Any]:
         """What `functional.experts` is told besides the weights."""
-        bias: Any = self.gate_up_proj_bias
-        version = 0 if torch.compiler.is_compiling() or bias.is_inference() else bias._version
-        made = vars(self).get(MADE)
-        if made is None or made[0] is not bias or made[1] != version:
-            made = bias, version, halves(bias)
-            if not torch.compiler.is_compiling():
-                vars(self)[MADE] = made
-        return {
-            "gate_up_bias": made[2],
-            "down_bias": self.down_proj_bias,
-            "slope": float(self.alpha),  # type: ignore[arg-type]
-            "limit": float(self.limit),  # type: ignore[arg-type]
-        }
+        return told(self)
+
+
+def told(module: Any) -> dict[str, Any]:
+    """What gpt-oss's experts tell `functional.experts` besides the weights."""
+    bias: Any = module.gate_up_proj_bias
+    version = 0 if torch.compiler.is_compiling() or bias.is_inference() else bias._version
+    made = vars(module).get(MADE)
+    if made is None or made[0] is not bias or made[1] != version:
+        made = bias, version, halves(bias)
+        if not torch.compiler.is_compiling():
+            vars(module)[MADE] = made
+    return {
+        "gate_up_bias": made[2],
+        "down_bias": module.down_proj_bias,
+        "slope": float(module.alpha),
+        "limit": float(module.limit),
+    }
 
 
 def halves(bias: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ def _activation(module: Any) -> str | None:
     if names == PARTS.keys() and not getattr(module, "is_transposed", False):
         return next((act for act in _PLAIN if _computes(module, act)), None)
     numbers = (type(getattr(module, name, None)) in (int, float) for name in ("alpha", "limit"))
-    if names == {*PARTS, *_BIASES} and all(numbers) and _computes(module, CLAMPED):
+    if names == {*PARTS, *BIASES} and all(numbers) and _computes(module, CLAMPED):
         return CLAMPED
     return None
 
@@ -126,7 +131,7 @@ def _computes(module: nn.Module, act: str) -> bool:
     for name, shape in shapes.items():
         shape = shape[::-1] if kind is TransposedExperts else shape
         plain[name] = nn.Parameter(probe.random(random, e, *shape))
-    for name, width in zip(_BIASES, (2 * n, k), strict=True):
+    for name, width in zip(BIASES, (2 * n, k), strict=True):
         if name in module._parameters:
             plain[name] = nn.Parameter(probe.random(random, e, width))
     x, chosen = 2 * probe.random(random, 20, k), probe.random(random, 20, e).topk(2)

@@ -41,18 +41,21 @@ def generate(model: Any, inputs: dict[str, Tensor] | None = None, **options: Any
 
 
 class Counting:
-    """Counts the steps that were run here."""
+    """Counts the steps that were run here, and those of them that were one op."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        call = step._Parts.__call__
+        self.count = self.whole = 0
+        for name in ("__call__", "whole"):
+            monkeypatch.setattr(step._Parts, name, self.counted(getattr(step._Parts, name), name))
 
-        def counted(*args: Any) -> Any:
-            logits = call(*args)
-            self.count += logits is not None
-            return logits
+    def counted(self, call: Any, name: str) -> Any:
+        def run(*args: Any) -> Any:
+            found = call(*args)
+            self.count += found is not None
+            self.whole += found is not None and name == "whole"
+            return found
 
-        monkeypatch.setattr(step._Parts, "__call__", counted)
+        return run
 
 
 @pytest.mark.parametrize(
@@ -65,12 +68,13 @@ def test_steps(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(ours).fused_step is not None
     one = {"input_ids": batch()["input_ids"][2:], "attention_mask": torch.ones(1, 9, dtype=int)}
     for inputs in (batch(), one, {"input_ids": one["input_ids"]}):
-        counting.count = 0
+        counting.count = counting.whole = 0
         found, expected = (generate(m, inputs, **MODES[mode]) for m in (ours, stock))
         if mode == "hidden states":
             found, expected = found.sequences, expected.sequences
         assert torch.equal(found, expected)
         assert counting.count == (8 if mode in ("greedy", "beams", "sample") else 0)
+        assert counting.whole == counting.count
 
 
 def test_what_is_more_than_its_parts_has_no_form() -> None:

@@ -44,7 +44,7 @@ struct NormArgs {
   bool stream;  // y is larger than the caches: write around them
 };
 
-// y = residual + x * scale, row by row.
+// y = residual + x * scale, row by row; residual may be absent. x is of the dtype of y, or fp32.
 struct AddScaledArgs {
   Matrix x, residual, y;
   int64_t n;
@@ -54,6 +54,13 @@ struct AddScaledArgs {
 // y = exp(x - max x) / sum of these, row by row.
 struct SoftmaxArgs {
   Matrix x, y;
+  int64_t n;
+};
+
+// y[r]: where row r is largest first; NaN is larger than all.
+struct ArgmaxArgs {
+  Matrix x;
+  int64_t* y;
   int64_t n;
 };
 
@@ -422,6 +429,7 @@ struct PeakArgs {
   K(add_scaled, AddScaledArgs)     /* rows */                            \
   K(softmax, SoftmaxArgs)          /* rows */                            \
   K(mix, MixArgs)                  /* rows */                            \
+  K(argmax, ArgmaxArgs)            /* rows */                            \
   K(rope, RopeArgs)                /* tokens, that is b * seq_len + s */ \
   K(pack, PackArgs)                /* panels */                          \
   K(unpack, PackArgs)              /* panels */                          \

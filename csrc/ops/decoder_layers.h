@@ -57,16 +57,31 @@ struct DecoderLayer {
   }
 };
 
+// As they follow each other, with the width of a row of layout and numbers.
+struct DecoderLayers : std::vector<DecoderLayer> {
+  static constexpr int64_t kIntegers = 6 * 3 + 9 * 3 + 23, kNumbers = 6 * 2 + 5;
+};
+
+// What is around them: x = scale * embedding[ids], and logits = norm(y) W^T + bias. The embedding
+// is a plain matrix, or the rows of a packed or quantized one.
+struct DecoderEnds {
+  static constexpr int64_t kIntegers = 3 + 2 * 3, kNumbers = 2 + 1;
+  DecoderLinear embedding;  // [n, k]; `plain` if it is neither
+  const void* plain;
+  DecoderNorm norm;
+  DecoderLinear head;
+  float scale;
+};
+
 // Reads the rows of layout and numbers. The parameters are looked at, and not kept.
 class DecoderReader {
  public:
-  explicit DecoderReader(const std::vector<Tensor>& parameters) : parameters_(parameters) {}
+  DecoderReader(const std::vector<Tensor>& parameters, const std::vector<int64_t>& layout,
+                const std::vector<double>& numbers)
+      : parameters_(parameters), integer_(layout.data()), number_(numbers.data()) {}
 
-  std::vector<DecoderLayer> layers(const std::vector<int64_t>& layout,
-                                   const std::vector<double>& numbers) {
-    integer_ = layout.data();
-    number_ = numbers.data();
-    std::vector<DecoderLayer> all(layout.size() / kIntegers);
+  void make(DecoderLayers& all, int64_t rows) {
+    all.resize(rows);
     for (DecoderLayer& l : all) {
       read(l);
       if (l.kind == static_cast<int64_t>(firsts_.size())) firsts_.push_back(&l);
@@ -76,10 +91,29 @@ class DecoderReader {
       LMFUSE_CHECK_VALUE(l.window == firsts_[l.kind]->window,
                          "the layers of one kind must have the same window");
     }
-    return all;
   }
 
-  static constexpr int64_t kIntegers = 6 * 3 + 9 * 3 + 23, kNumbers = 6 * 2 + 5;
+  void make(DecoderEnds& e, int64_t rows) {
+    constexpr int64_t kMost = int64_t{1} << 31;
+    LMFUSE_CHECK_VALUE(rows == 1, "the layout of ends has ", rows, " rows, but must have one");
+    const int64_t hidden = integer(0, kMost, "the features of a plain embedding");
+    if (hidden) {
+      int64_t size = 0;
+      const Vector all = vector("embedding", size);
+      LMFUSE_CHECK_VALUE(all.data && size % hidden == 0, "embedding must be given, with rows of ",
+                         hidden, " elements");
+      e.plain = all.data;
+      e.embedding = {size / hidden, hidden, nullptr, {}, all.dtype};
+      integer(-1, -1, "a place");
+    } else {
+      e.embedding = opened("embedding");
+    }
+    e.norm = norm("the norm before the head");
+    e.head = linear("head");
+    e.scale = number();
+    LMFUSE_CHECK_VALUE(e.embedding.n && e.head.n, "embedding and head must be given");
+    fits(e.norm, e.head.k, "the norm before the head");
+  }
 
  private:
   int64_t integer(int64_t least, int64_t most, const char* name) {
@@ -127,6 +161,15 @@ class DecoderReader {
   }
 
   DecoderLinear linear(const char* name) {
+    DecoderLinear l = opened(name);
+    int64_t size = l.n;
+    l.bias = vector(name, size);
+    LMFUSE_CHECK_VALUE(l.n || !l.bias.data, name, " has a bias, but no weight");
+    return l;
+  }
+
+  // A weight, packed or quantized; n 0 if there is none.
+  DecoderLinear opened(const char* name) {
     DecoderLinear l{};
     const Tensor* t = parameter(name);
     const int64_t how = integer(-1, 5, "the compute of a linear layer");  // -1: it is packed
@@ -144,9 +187,6 @@ class DecoderReader {
       l.k = l.weight.k;
       l.panels = l.weight.panels;
     }
-    int64_t size = l.n;
-    l.bias = vector(name, size);
-    LMFUSE_CHECK_VALUE(t || !l.bias.data, name, " has a bias, but no weight");
     return l;
   }
 
@@ -307,28 +347,28 @@ class DecoderReader {
   }
 
   const std::vector<Tensor>& parameters_;
-  const int64_t* integer_ = nullptr;
-  const double* number_ = nullptr;
+  const int64_t* integer_;
+  const double* number_;
   std::vector<const DecoderLayer*> firsts_;  // of each kind
   const DecoderLayer* mixture_ = nullptr;    // the first
 };
 
-// The layers of a model, read once and kept, so that a step of a few milliseconds does not begin
-// with the checks of some hundred tensors. Parameters whose memory is another than before are read
-// anew.
-class DecoderStack {
+// Layers or ends, read once and kept, so that a step of a few milliseconds does not begin with
+// the checks of some hundred tensors. Parameters whose memory is another than before are read anew.
+template <class T>
+class Described {
  public:
-  DecoderStack(std::vector<Tensor> parameters, const Tensor& layout, const Tensor& numbers)
+  Described(std::vector<Tensor> parameters, const Tensor& layout, const Tensor& numbers)
       : parameters_(std::move(parameters)) {
-    constexpr int64_t n = DecoderReader::kIntegers, f = DecoderReader::kNumbers;
+    constexpr int64_t n = T::kIntegers, f = T::kNumbers;
     LMFUSE_CHECK_VALUE(layout.is_cpu() && layout.dim() == 2 && layout.is_contiguous() &&
                            layout.scalar_type() == ScalarType::Long && layout.size(1) == n &&
                            layout.size(0) > 0,
-                       "layout must be a contiguous CPU tensor of int64, [layers, ", n, "]");
+                       "layout must be a contiguous CPU tensor of int64, [rows, ", n, "]");
     LMFUSE_CHECK_VALUE(numbers.is_cpu() && numbers.dim() == 2 && numbers.is_contiguous() &&
                            numbers.scalar_type() == ScalarType::Double &&
                            numbers.size(0) == layout.size(0) && numbers.size(1) == f,
-                       "numbers must be a contiguous CPU tensor of float64, [layers, ", f, "]");
+                       "numbers must be a contiguous CPU tensor of float64, [rows, ", f, "]");
     const auto* integer = static_cast<const int64_t*>(layout.const_data_ptr());
     const auto* number = static_cast<const double*>(numbers.const_data_ptr());
     layout_.assign(integer, integer + layout.numel());
@@ -336,23 +376,27 @@ class DecoderStack {
     read();
   }
 
-  const std::vector<DecoderLayer>& layers() const { return layers_; }
+  const T& get() const { return made_; }
 
   bool current() const { return parameters_.current(); }
-  std::shared_ptr<const DecoderStack> again() const {
-    auto other = std::make_shared<DecoderStack>(*this);
+  std::shared_ptr<const Described> again() const {
+    auto other = std::make_shared<Described>(*this);
     other->parameters_ = KeptTensors(parameters_.all);
     other->read();
     return other;
   }
 
  private:
-  void read() { layers_ = DecoderReader(parameters_.all).layers(layout_, numbers_); }
+  void read() {
+    made_ = T();
+    const int64_t rows = static_cast<int64_t>(layout_.size()) / T::kIntegers;
+    DecoderReader(parameters_.all, layout_, numbers_).make(made_, rows);
+  }
 
   KeptTensors parameters_;
   std::vector<int64_t> layout_;
   std::vector<double> numbers_;
-  std::vector<DecoderLayer> layers_;
+  T made_;
 };
 
 // Where the keys and values of a layer are.

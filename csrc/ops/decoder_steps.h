@@ -36,14 +36,17 @@ struct DecoderKind {
 
 // All that the workers share, complete before the first of them starts.
 struct DecoderCall {
-  const std::vector<DecoderLayer>& layers;
+  const DecoderLayers& layers;
+  const DecoderEnds* ends;  // or null
   const std::vector<DecoderCache>& caches;
   DType type;
   int64_t batch, tokens, hidden;  // of each sequence
-  Matrix x, y, middle;            // the first layer's input, the result, and what is on the way
+  float* embedded;                // rows of a quantized embedding
+  Matrix x, y, middle;  // the first layer's input, the last one's result, and what is on the way
+  Matrix logits;
   DecoderStage normed, attended, inner;
   Matrix projected, branch, gate_up;
-  Matrix logits;         // of routers
+  Matrix routed;         // logits of routers
   ExpertsCall* experts;  // of the layer that is at work
   int64_t* index;        // the experts that they chose
   std::vector<DecoderKind> kinds;
@@ -76,6 +79,7 @@ class DecoderWorker {
       mlp(l, x, y);
       x = y;
     }
+    if (c_.ends) multiply(normalize(c_.ends->norm, x, {&c_.ends->head}), c_.logits);
   }
 
  private:
@@ -126,7 +130,7 @@ class DecoderWorker {
 
   // The same, with a mixture of experts for the MLP.
   void mixture(const DecoderLayer& l, const Matrix& y) {
-    multiply(normalize(l.mlp_input, c_.middle, {&l.router, &l.shared_gate}), c_.logits);
+    multiply(normalize(l.mlp_input, c_.middle, {&l.router, &l.shared_gate}), c_.routed);
     const bool plain = l.mlp_input.kind == DecoderNorm::none;
     const Matrix x = plain ? c_.middle : matrix(c_.normed);
     const auto [begin, end] = w_.share(rows_);
@@ -166,8 +170,8 @@ class DecoderWorker {
     if (!l.shared_gate.n) return 1.0f;
     float p[2];  // the softmax of 0 and the logit
     alignas(8) char pair[8] = {};
-    const int64_t at = r * c_.logits.rows.stride[0] + l.router.n;
-    std::memcpy(pair + c_.element(), static_cast<const char*>(c_.logits.data) + at * c_.element(),
+    const int64_t at = r * c_.routed.rows.stride[0] + l.router.n;
+    std::memcpy(pair + c_.element(), static_cast<const char*>(c_.routed.data) + at * c_.element(),
                 c_.element());
     k_.softmax({{pair, c_.type, {}}, {p, DType::f32, {}}, 2}, 0, 1);
     return p[1];
@@ -178,7 +182,7 @@ class DecoderWorker {
     const int64_t count = l.router.n;
     std::vector<float> p(count);
     const Matrix wide{p.data(), DType::f32, {}};
-    Matrix logits = c_.logits;
+    Matrix logits = c_.routed;
     logits.data = static_cast<char*>(logits.data) + r * logits.rows.stride[0] * c_.element();
     logits.rows = {};
     k_.softmax({logits, wide, count}, 0, 1);

@@ -1,16 +1,19 @@
 """Fused functions on tensors; each checks its arguments, then calls one compiled op."""
 
 from lmfuse.functional.activation import gelu_mul, silu_mul
+from lmfuse.functional.argmax import argmax
 from lmfuse.functional.attention import attention, varlen_attention
 from lmfuse.functional.cache import new_cache, reshape_and_cache
 from lmfuse.functional.decoder import (
     DecoderCaches,
+    DecoderEnds,
     DecoderExperts,
     DecoderLayer,
     DecoderLinear,
     DecoderNorm,
     DecoderStack,
     decoder,
+    decoder_logits,
     decoder_stack,
 )
 from lmfuse.functional.experts import PackedExperts, expert_rows, experts, pack_experts
@@ -46,6 +49,7 @@ from lmfuse.functional.woq import woq_linear, woq_linear_concat, woq_linear_gate
 
 __all__ = [
     "DecoderCaches",
+    "DecoderEnds",
     "DecoderExperts",
     "DecoderLayer",
     "DecoderLinear",
@@ -57,8 +61,10 @@ __all__ = [
     "QuantizedFormat",
     "add_layer_norm",
     "add_rms_norm",
+    "argmax",
     "attention",
     "decoder",
+    "decoder_logits",
     "decoder_stack",
     "dequantize",
     "expert_rows",

@@ -21,11 +21,15 @@ from lmfuse.functional import _check
 from lmfuse.functional.experts import ACTIVATIONS, PackedExperts
 from lmfuse.functional.linear import _POSTS
 from lmfuse.functional.packed import PackedWeight, is_matrix
+from lmfuse.functional.quantized import quantized_format
 from lmfuse.functional.woq import _how
 
 _decoder = ops.decoder.default
+_logits = ops.decoder_logits.default
 _open = ops.decoder_open.default
 _close = ops.decoder_close.default
+_open_ends = ops.decoder_open_ends.default
+_close_ends = ops.decoder_close_ends.default
 _open_caches = ops.decoder_open_caches.default
 _close_caches = ops.decoder_close_caches.default
 
@@ -230,6 +234,66 @@ def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack:
     )
 
 
+class DecoderEnds:
+    """What is around the layers: x = scale · embedding[ids], and logits = norm(y) W^T + bias.
+
+    Read once, as a stack.
+
+    Args:
+        embedding: [vocabulary, hidden]: a plain matrix, or the weight, packed or quantized, that a
+            tied head holds. Its dtype, of a quantized one that of the norm, is that of x.
+        norm: over the hidden size, or None.
+        head: W, [vocabulary, hidden].
+        scale: x is rounded before it is scaled, and after.
+
+    Raises:
+        TypeError, ValueError: a weight of the head that is neither packed nor quantized, a plain
+            embedding that is not contiguous, or sizes that do not belong together.
+    """
+
+    def __init__(
+        self,
+        embedding: PackedWeight | Tensor,
+        norm: DecoderNorm | None,
+        head: DecoderLinear,
+        scale: float = 1.0,
+    ) -> None:
+        self.embedding, self.norm, self.head, self.scale = embedding, norm, head, scale
+        self.vocabulary = _out_features(head.weight)
+        parameters: list[Tensor] = []
+        place = _placing(parameters)
+        if isinstance(embedding, PackedWeight):
+            integers, self.dtype = [0, place(embedding.packed), -1], embedding.packed_dtype
+        elif embedding.dtype is torch.uint8:  # read as values, whatever a product computes in
+            integers = [0, place(embedding), 0]
+            weight = None if norm is None else norm.weight
+            self.dtype = torch.float32 if weight is None else weight.dtype
+        elif embedding.dim() != 2 or not embedding.is_contiguous() or not embedding.numel():
+            raise ValueError(
+                f"embedding has shape {tuple(embedding.shape)} and strides {embedding.stride()}, "
+                "but must be a contiguous matrix"
+            )
+        else:
+            integers = [embedding.shape[1], place(embedding.detach().view(-1)), -1]
+            self.dtype = embedding.dtype
+        of_norm, numbers = _norm_row(norm, place)
+        layout = [*integers, *of_norm, *_linear_row("head", head, place)]
+        given = parameters, torch.tensor([layout]), torch.tensor([[*numbers, scale]]).double()
+        with torch.no_grad():
+            self._number: int = call(_open_ends, *given, check=_check_stack)
+        weakref.finalize(self, _close_ends, self._number).atexit = False
+        _ends[self._number] = self
+
+
+# Those that live, for the fake, which is given their numbers.
+_ends: weakref.WeakValueDictionary[int, DecoderEnds] = weakref.WeakValueDictionary()
+
+
+def _out_features(weight: PackedWeight | Tensor) -> int:
+    known = weight if isinstance(weight, PackedWeight) else quantized_format(weight)
+    return known.out_features
+
+
 class DecoderCaches:
     """Caches in the form in which the op reads them.
 
@@ -256,35 +320,15 @@ class DecoderCaches:
 
 def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list[float]]:
     """The integers and numbers of a layer; its tensors join `parameters`."""
-
-    def place(tensor: Tensor | None) -> int:
-        if tensor is None:
-            return -1
-        parameters.append(tensor)
-        return len(parameters) - 1
-
+    place = _placing(parameters)
     integers: list[int] = []
     numbers: list[float] = []
     for norm in _norms(layer):
-        if norm is None:
-            integers += (0, -1, -1)
-            numbers += (0.0, 0.0)
-        else:
-            integers += (2 if norm.centered else 1, place(norm.weight), place(norm.bias))
-            numbers += (norm.eps, norm.offset)
+        of_norm = _norm_row(norm, place)
+        integers += of_norm[0]
+        numbers += of_norm[1]
     for name, linear in _linears(layer):
-        if linear is None:
-            integers += (-1, -1, -1)
-        elif is_matrix(linear.weight):
-            integers += (place(linear.weight.packed), -1, place(linear.bias))
-        elif linear.weight.dtype is torch.uint8:
-            compute, block_scales = _how(linear.compute, linear.block_scales)
-            integers += (place(linear.weight), 2 * compute + block_scales, place(linear.bias))
-        else:
-            raise TypeError(
-                f"the weight of {name} is neither packed nor quantized; see pack_linear and "
-                "pack_quantized"
-            )
+        integers += _linear_row(name, linear, place)
     of_experts, of_activation = _experts(layer, place)
     integers += of_experts
     numbers += of_activation
@@ -302,6 +346,43 @@ def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list
     integers += (post, layer.kind, place(layer.alibi), place(layer.sinks))
     numbers += (layer.scale, layer.softcap, layer.residual_scale)
     return integers, numbers
+
+
+def _placing(parameters: list[Tensor]) -> Callable[[Tensor | None], int]:
+    """What lets a tensor join `parameters` and says its place there."""
+
+    def place(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        parameters.append(tensor)
+        return len(parameters) - 1
+
+    return place
+
+
+def _norm_row(
+    norm: DecoderNorm | None, place: Callable[[Tensor | None], int]
+) -> tuple[list[int], list[float]]:
+    if norm is None:
+        return [0, -1, -1], [0.0, 0.0]
+    kind = 2 if norm.centered else 1
+    return [kind, place(norm.weight), place(norm.bias)], [norm.eps, norm.offset]
+
+
+def _linear_row(
+    name: str, linear: DecoderLinear | None, place: Callable[[Tensor | None], int]
+) -> list[int]:
+    if linear is None:
+        return [-1, -1, -1]
+    if is_matrix(linear.weight):
+        return [place(linear.weight.packed), -1, place(linear.bias)]
+    if linear.weight.dtype is not torch.uint8:
+        raise TypeError(
+            f"the weight of {name} is neither packed nor quantized; see pack_linear and "
+            "pack_quantized"
+        )
+    compute, block_scales = _how(linear.compute, linear.block_scales)
+    return [place(linear.weight), 2 * compute + block_scales, place(linear.bias)]
 
 
 def _norms(layer: DecoderLayer) -> Iterator[DecoderNorm | None]:
@@ -391,14 +472,12 @@ def decoder(
         TypeError, ValueError: sizes or dtypes that do not belong together, or a gradient is asked
             for; nothing is written.
     """
-    if not isinstance(caches, DecoderCaches):
-        caches = DecoderCaches(caches)
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        raise ValueError(
+            "hidden_states requires grad, but decoder has no backward: lmfuse is for "
+            "inference. Run the forward under torch.no_grad()"
+        )
     if torch.is_grad_enabled():
-        if hidden_states.requires_grad:
-            raise ValueError(
-                "hidden_states requires grad, but decoder has no backward: lmfuse is for "
-                "inference. Run the forward under torch.no_grad()"
-            )
         with torch.no_grad():
             return decoder(hidden_states, stack, caches, slots, block_tables, cu_seqlens, cos, sin)
     if isinstance(slots, Tensor):
@@ -407,9 +486,58 @@ def decoder(
     else:
         rows = _joined(slots=slots, block_tables=block_tables, cu_seqlens=cu_seqlens)
         angles = [] if cos is None or sin is None else _joined(cos=cos, sin=sin)
-    args = (hidden_states, stack._number, caches._number, rows, angles)
+    held = _caches(caches)
+    args = (hidden_states, stack._number, held._number, rows, angles)
     result: Tensor = call(_decoder, *args, check=_check_decoder)
     return result
+
+
+def decoder_logits(
+    input_ids: Tensor,
+    ends: DecoderEnds,
+    stack: DecoderStack,
+    caches: DecoderCaches | Sequence[Tensor],
+    tables: Sequence[Tensor],
+    columns: Sequence[int],
+    cos: Sequence[Tensor] = (),
+    sin: Sequence[Tensor] = (),
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A whole model: from tokens to logits, `decoder` between the two of `ends`.
+
+    Made for steps of generation: one thread reads the embedding, and all tokens get logits.
+
+    Args:
+        input_ids: [batch, tokens] int64.
+        ends, stack: of one dtype.
+        caches: as in `decoder`.
+        tables: [batch, width], int32 or int64, for each kind of layer: the slots of a row's keys,
+            in order.
+        columns: for each kind 1 + batch numbers: e, then b of each row. The row sees the columns
+            [b, e) of its table, and its new tokens go into the last of them.
+        cos, sin: for each kind [batch or 1, tokens, width]; with position_ids [positions, width].
+        position_ids: [1 or batch, tokens] int64, rows of cos and sin.
+
+    Returns:
+        logits [batch, tokens, vocabulary], of the dtype of `ends`, and `argmax` of these.
+
+    Raises:
+        TypeError, ValueError: as `decoder`; a token, a column or a position that there is not.
+    """
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            given = caches, tables, columns, cos, sin, position_ids
+            return decoder_logits(input_ids, ends, stack, *given)
+    held = _caches(caches)
+    numbers = stack._number, ends._number, held._number
+    rows = [*tables], [*columns], [*cos, *sin]
+    args = (input_ids, *numbers, *rows, position_ids)
+    result: tuple[Tensor, Tensor] = call(_logits, *args, check=_check_logits)
+    return result
+
+
+def _caches(caches: DecoderCaches | Sequence[Tensor]) -> DecoderCaches:
+    return caches if isinstance(caches, DecoderCaches) else DecoderCaches(caches)
 
 
 def _joined(**given: Any) -> list[Tensor]:
@@ -482,12 +610,55 @@ def _check_decoder(
         )
     names = [n for n in ("slots", "block_tables", "cu_seqlens") for _ in range(len(rows) // 3)]
     for name, x in zip(names, rows, strict=True):
-        dims = 2 if name == "block_tables" else 1
-        if _check.held(name, x, (torch.int32, torch.int64)).dim() != dims:
-            raise ValueError(f"{name} has {x.dim()} dimensions, but must have {dims}")
+        _check_rows(name, x, 2 if name == "block_tables" else 1)
+    _check_angles(angles, hidden_states.shape[:2], False)
+
+
+def _check_logits(
+    input_ids: Tensor,
+    stack: int,
+    ends: int,
+    caches: int,
+    tables: list[Tensor],
+    columns: list[int],
+    angles: list[Tensor],
+    position_ids: Tensor | None,
+) -> None:
+    if _check.held("input_ids", input_ids, (torch.int64,)).dim() != 2 or not input_ids.numel():
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}, but must be [batch, tokens], and not "
+            "empty"
+        )
+    for x in tables:
+        _check_rows("tables", x, 2)
+    for column in columns:
+        if type(column) is not int:
+            raise TypeError(f"columns has {type(column).__name__}, but must have int")
+    if position_ids is not None:
+        _check.held("position_ids", position_ids, (torch.int64,))
+    _check_angles(angles, input_ids.shape, position_ids is not None)
+
+
+def _check_rows(name: str, x: Tensor, dims: int) -> None:
+    if _check.held(name, x, (torch.int32, torch.int64)).dim() != dims:
+        raise ValueError(f"{name} has {x.dim()} dimensions, but must have {dims}")
+
+
+def _check_angles(angles: list[Tensor], shape: Sequence[int], by_position: bool) -> None:
+    """cos and sin for tokens of this shape, [batch, tokens]."""
+    batch, tokens = shape
     kinds = len(angles) // 2
-    for i, x in enumerate(angles):
-        _check_angles("cos" if i < kinds else "sin", x, hidden_states)
+    for i, table in enumerate(angles):
+        name = "cos" if i < kinds else "sin"
+        _check.tensor(name, _check.held(name, table))
+        rows = tuple(table.shape[:-1])
+        if by_position and len(rows) != 1:
+            raise ValueError(f"{name} has shape {tuple(table.shape)}, but must be [rows, width]")
+        if not by_position and rows not in ((1, tokens), (batch, tokens)):
+            raise ValueError(
+                f"{name} has shape {tuple(table.shape)}, but must be [1 or {batch}, {tokens}, "
+                "width]"
+            )
     for c, s in zip(angles[:kinds], angles[kinds:], strict=True):
         if c.shape != s.shape or c.dtype != s.dtype:
             raise ValueError(
@@ -496,16 +667,14 @@ def _check_decoder(
             )
 
 
-def _check_angles(name: str, table: Tensor, hidden_states: Tensor) -> None:
-    batch, tokens, _ = hidden_states.shape
-    _check.tensor(name, _check.held(name, table))
-    if table.dim() != 3 or table.shape[1] != tokens or table.shape[0] not in (1, batch):
-        raise ValueError(
-            f"{name} has shape {tuple(table.shape)}, but must be [1 or {batch}, {tokens}, width]"
-        )
-
-
 @register_fake("decoder")
 def _(hidden_states: Tensor, *args: object) -> Tensor:
     _check.tensor("hidden_states", hidden_states)
     return hidden_states.new_empty(hidden_states.shape)
+
+
+@register_fake("decoder_logits")
+def _(input_ids: Tensor, stack: int, ends: int, *args: object) -> tuple[Tensor, Tensor]:
+    around = _ends[ends]
+    logits = input_ids.new_empty((*input_ids.shape, around.vocabulary), dtype=around.dtype)
+    return logits, torch.empty_like(input_ids)

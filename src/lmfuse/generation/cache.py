@@ -362,13 +362,19 @@ class Cache(DynamicCache):
         return found if alike else None
 
     def extend(
-        self, layers: list[Layer], x: Tensor, kv_heads: int, dim: int
+        self,
+        layers: list[Layer],
+        batch: int,
+        count: int,
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype,
     ) -> functional.DecoderCaches:
         """Takes slots for new tokens in `layers`, which are together, and makes room there.
 
         Args:
-            x: [batch, tokens, any]; keys and values will be of its dtype,
-            kv_heads, dim: and [batch, kv_heads, tokens, dim].
+            batch, count: rows, and how many tokens of each.
+            kv_heads, dim, dtype: keys and values are [batch, kv_heads, count, dim] of this dtype.
 
         Returns:
             The arenas of the layers. Whoever wrote the new keys and values sets `seen` of each
@@ -377,7 +383,6 @@ class Cache(DynamicCache):
         Raises:
             ValueError: the batch is not that of the tokens before; slots may have been taken.
         """
-        batch, count, _ = x.shape
         opened = self._opened.get(layers[0])
         if opened is None or opened.layers != layers:
             opened = _Opened(layers)
@@ -389,7 +394,7 @@ class Cache(DynamicCache):
             del self._opened[key]  # before arenas grow: it holds those that were
         for layer in layers:
             if not layer.is_initialized:
-                states = x.new_empty((batch, kv_heads, 0, dim))
+                states = torch.empty((batch, kv_heads, 0, dim), dtype=dtype)
                 layer.lazy_initialization(states, states)
             layer._fit(layer.slots.capacity)
         opened.caches = functional.DecoderCaches([a for layer in layers for a in layer.arenas()])

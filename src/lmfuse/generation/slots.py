@@ -7,6 +7,7 @@ taken back change these lists alone, for all the layers of a cache at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -46,8 +47,8 @@ class Slots:
     def reset(self) -> None:
         """Forgets all positions; the arenas stay as large as they are."""
         self.total = 0  # positions that were ever appended and not taken back
-        self.new = torch.empty(0, dtype=torch.int32)  # slots of the last positions, row by row
         self.visible = 0  # positions that the last ones see, themselves included
+        self._count = 0  # of the last ones
         self._table = torch.empty((0, 0), dtype=torch.int32)
         self._begin = self._end = 0  # the columns of the table that count
         self._used = 0  # no slot from here on holds anything
@@ -68,6 +69,25 @@ class Slots:
     def rows(self, last: int) -> Tensor:
         """[batch, last] int32: the slots of the last positions of each row."""
         return self._table.narrow(1, self._end - last, last)
+
+    @property
+    def new(self) -> Tensor:
+        """The slots of the last positions, row by row."""
+        return self.rows(self._count).flatten()
+
+    @property
+    def table(self) -> Tensor:
+        """[batch, width] int32, of which `columns` count."""
+        return self._table
+
+    def columns(self, hidden: Sequence[int]) -> list[int]:
+        """The end of those that the last positions see, and where they begin in each row.
+
+        Args:
+            hidden: of each row, how many of its first positions are not seen.
+        """
+        end, out = self._end, self.total - self.visible  # out of the window
+        return [end, *(end - self.visible + max(0, first - out) for first in hidden)]
 
     def run(self, last: int) -> tuple[int, int] | None:
         """First slot and the one after the last, if there is one row and it lies in order."""
@@ -95,7 +115,7 @@ class Slots:
         self.visible = self.kept + count
         if count > self._room:
             self._take(count)
-        self.new = self._table.narrow(1, self._end, count).flatten()
+        self._count = count
         self._room -= count
         self._end += count
         self.total += count

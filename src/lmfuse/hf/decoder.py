@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -272,41 +272,75 @@ class _Run:
         tables = [t for t in map(_accepted, self.kinds, given, owners) if t is not None]
         cache = given[0].get(self.kinds[0].cache)
         same = all(kwargs.get(self.kinds[0].cache) is cache for kwargs in given)
-        if len(tables) < len(given) or not same or not isinstance(cache, Cache):
+        if len(tables) < len(given) or not same:
+            return None
+        masks = list(map(_mask, self.kinds, given))
+        masks = [mask if attention._hides(mask) else None for mask in masks]
+        shape = hidden_states.shape[:2]
+
+        def run(arenas: Any, slots: list[Slots]) -> Tensor | None:
+            found = [_padded(s, mask, shape[1]) for s, mask in zip(slots, masks, strict=True)]
+            if None in found:
+                return None
+            rows = [(s.new, f[0], f[2]) for s, f in zip(slots, found, strict=True)]
+            of_kinds: Any = rows[0] if len(rows) == 1 else zip(*rows, strict=True)
+            stack: Any = self.stack
+            return functional.decoder(hidden_states, stack, arenas, *of_kinds, *_angles(tables))
+
+        result: Tensor | None = self._run(run, shape, cache)
+        return result
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        ends: functional.DecoderEnds,
+        hidden: Sequence[int],
+        cache: Any,
+        tables: tuple[list[Tensor], list[Tensor]],
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor] | None:
+        """See `functional.decoder_logits`; None as above.
+
+        Args:
+            hidden: of each row, how many of its first positions are padding.
+            tables: cos and sin for each kind, of which positions are rows.
+        """
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        if not asks_ours(self.attention[0]):
+            return None
+
+        def run(arenas: Any, slots: list[Slots]) -> tuple[Tensor, Tensor]:
+            columns = [c for each in slots for c in each.columns(hidden)]
+            seen = [each.table for each in slots], columns
+            stack: Any = self.stack
+            given = input_ids, ends, stack, arenas, *seen, *tables, positions
+            return functional.decoder_logits(*given)
+
+        found: tuple[Tensor, Tensor] | None = self._run(run, input_ids.shape, cache)
+        return found
+
+    def _run(self, run: Callable[..., Any], shape: Sequence[int], cache: Any) -> Any:
+        """Calls `run` with arenas, and with slots for new tokens of each kind; None if it does so,
+        and the slots wait for the modules."""
+        if not isinstance(cache, Cache):
             return None
         held = cache.together([a.layer_idx for a in self.attention], self.kind_of)
         if held is None:
             return None
-        masks = list(map(_mask, self.kinds, given))
-        masks = [mask if attention._hides(mask) else None for mask in masks]
-        return self._run(hidden_states, masks, cache, held, tables)
-
-    def _run(
-        self,
-        hidden_states: Tensor,
-        masks: list[Tensor | None],
-        cache: Cache,
-        held: list[Layer],
-        tables: list[_Tables],
-    ) -> Tensor | None:
-        form, stack = self.kinds[0], self.stack
-        assert stack is not None
+        form, (batch, count) = self.kinds[0], shape
         slots = [held[first].slots for first in self.firsts]
-        before, count = held[0].seen, hidden_states.shape[1]
+        before = held[0].seen
         try:
-            arenas = cache.extend(held, hidden_states, form.kv_heads, form.head_dim)
-            found = [_padded(s, mask, count) for s, mask in zip(slots, masks, strict=True)]
-            if None in found:
-                return None  # the slots wait for the modules
-            rows = [(s.new, f[0], f[2]) for s, f in zip(slots, found, strict=True)]
-            given: Any = rows[0] if len(rows) == 1 else zip(*rows, strict=True)
-            result = functional.decoder(hidden_states, stack, arenas, *given, *_angles(tables))
+            sizes = form.kv_heads, form.head_dim, self.dtype
+            result = run(cache.extend(held, batch, count, *sizes), slots)  # type: ignore[arg-type]
         except BaseException:
             for each in slots:
                 each.crop(before)
             raise
-        for layer in held:
-            layer.seen = before + count
+        if result is not None:
+            for layer in held:
+                layer.seen = before + count
         return result
 
 

@@ -12,7 +12,7 @@ from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.processors import quickened
 from lmfuse.generation.search import SharesPrompts
 from lmfuse.generation.tuples import TupleCache, placeholders
-from lmfuse.hf import attention, attention_modules, config, decoder, step, swap
+from lmfuse.hf import attention, attention_modules, config, decoder, loop, step, swap
 from lmfuse.hf.inputs import Explains
 from lmfuse.hf.tracing import TakesTuples, forget_graphs
 
@@ -67,6 +67,9 @@ class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fus
             ):
                 model_kwargs["past_key_values"] = ours
         return done
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        return loop.sample(self, super()._sample, *args, **kwargs)  # type: ignore[misc]
 
     def create_masks_for_generate(self, **kwargs: Any) -> Any:
         """Masks for a cache of fixed length, by the config that says whose attention it is."""

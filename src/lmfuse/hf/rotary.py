@@ -61,10 +61,22 @@ class FusedRotary(swap.Fused):
             except IndexError:
                 pass
         first, last = (int(i) for i in position_ids.aminmax())
-        if first < 0 or last >= _MOST:
+        found = None if first < 0 else self.tables(dtype, last, *kind)
+        if found is None:
             return None
-        tables = known[kind] = self._made(dtype, min(_MOST, max(1024, 2 * last)), *kind)
-        return F.embedding(position_ids, tables.cos), F.embedding(position_ids, tables.sin)
+        return F.embedding(position_ids, found[0]), F.embedding(position_ids, found[1])
+
+    def tables(self, dtype: torch.dtype, last: int, *kind: str) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [positions, width] of all positions up to `last` and perhaps more; None if
+        these are too many to keep."""
+        known: dict[tuple[str, ...], _Tables] = vars(self).setdefault(_TABLES, {})
+        tables = known.get(kind)
+        held = tables is not None and tables.hold(dtype, self._frequencies(*kind))
+        if last >= _MOST:
+            return None
+        if tables is None or not held or len(tables.cos) <= last:
+            tables = known[kind] = self._made(dtype, min(_MOST, max(1024, 2 * last)), *kind)
+        return tables.cos, tables.sin
 
     def _made(self, dtype: torch.dtype, count: int, *kind: str) -> _Tables:
         with torch.inference_mode(False):  # looked up later, perhaps outside of inference mode

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -23,13 +23,21 @@ from torch.nn.modules import module as torch_module
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lmfuse import functional
+from lmfuse.functional import PackedWeight
 from lmfuse.generation.cache import Cache
 from lmfuse.hf import decoder, spies
+from lmfuse.hf.decoder_form import described_norm
+from lmfuse.hf.norm import FusedLayerNorm, FusedNorm
+from lmfuse.hf.rotary import FusedRotary
+from lmfuse.modules.decoder import described_linear
+from lmfuse.modules.parts import Parts
+from lmfuse.quantization.embedding import QuantizedEmbedding
 
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 # What a step is given, and what else of no consequence.
 _GIVEN = {"input_ids", "past_key_values", "position_ids", "attention_mask"}
-_KNOWN = _GIVEN | {"use_cache", "logits_to_keep", "return_dict"}
+KNOWN = _GIVEN | {"use_cache", "logits_to_keep", "return_dict"}
 _ROOM = 256  # columns of a mask that are made at a time
 # What models do to the embedding or to the logits, with a number of their own.
 _CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -75,7 +83,7 @@ class Steps(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module."""
         if not torch.compiler.is_compiling() and not args:
-            steps = _of(self)
+            steps = of(self)
             logits = None if steps is None else steps.run(kwargs)
             if logits is not None:
                 cache = kwargs["past_key_values"]
@@ -83,7 +91,7 @@ class Steps(nn.Module):
         return super().__call__(*args, **kwargs)
 
 
-class _Steps:
+class Run:
     """Those of one `generate`."""
 
     def __init__(self, model: Any) -> None:
@@ -91,15 +99,21 @@ class _Steps:
         self.looping = False  # in a loop that we know
         self.last: Tensor | None = None  # the mask of the next step,
         self.room = torch.empty(0)  # of which it is a part,
-        self.hides = False  # and whether it hides anything
+        self.hides = False  # whether it hides anything,
+        self.padding: list[int] | None = None  # and of each row how many positions, if the first
         self.parts: _Parts | None = None
         self.looked = False
+        self.position: int | None = None  # the largest of the next step, where that is known
 
     def longer(self, mask: Tensor) -> Tensor:
         """`mask` with a one more in each row."""
         count = mask.shape[1] + 1
+        if mask is not self.last:
+            seen = mask.bool()
+            self.hides = not bool(seen.all())
+            holes = self.hides and bool((seen[:, 1:] < seen[:, :-1]).any())
+            self.padding = None if holes else (~seen).sum(1).tolist()
         if mask is not self.last or count > self.room.shape[1]:
-            self.hides = not bool(mask.all())
             self.room = mask.new_ones((mask.shape[0], count + _ROOM))
             self.room[:, : count - 1] = mask
         self.last = self.room[:, :count]
@@ -107,21 +121,66 @@ class _Steps:
 
     def run(self, kwargs: dict[str, Any]) -> Tensor | None:
         """The logits [batch, 1, vocabulary], or None if the forward of the model has to say."""
-        if not self.looping or not _GIVEN - {"attention_mask"} <= kwargs.keys() <= _KNOWN:
+        if not self.looping or not _GIVEN - {"attention_mask"} <= kwargs.keys() <= KNOWN:
             return None
-        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        if ids is None or ids.shape[-1] != 1 or not (mask is None or mask is self.last):
+        ids = kwargs["input_ids"]
+        if ids is None or ids.shape[-1] != 1:
             return None
+        self.position = None
+        found = self._step(ids, kwargs)
+        return None if found is None else found[0]
+
+    def next(
+        self, tokens: Tensor, model_kwargs: dict[str, Any], all_ids: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The logits [batch, vocabulary] after `tokens`, [batch]; and where they are largest, if
+        the op has looked.
+
+        Args:
+            model_kwargs: as `_update_model_kwargs_for_generation` left them; they go on.
+            all_ids: [batch, tokens], until now.
+        """
+        found = self._step(tokens.unsqueeze(1), model_kwargs)
+        if found is None:
+            self.position = None
+            inputs = self.model.prepare_inputs_for_generation(
+                all_ids(), next_sequence_length=1, **model_kwargs
+            )
+            outputs = self.model(**inputs, return_dict=True)
+            self.model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            return outputs.logits[:, -1], None
+        model_kwargs["position_ids"] = model_kwargs["position_ids"] + 1
+        if self.position is not None:
+            self.position += 1
+        if (mask := model_kwargs.get("attention_mask")) is not None:
+            model_kwargs["attention_mask"] = self.longer(mask)
+        logits, largest = found
+        return logits[:, -1], None if largest is None else largest[:, -1]
+
+    def _step(
+        self, ids: Tensor, given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, None] | None:
+        """Logits, and where they are largest, if that is known."""
+        mask = given.get("attention_mask")
         if not self.looked:
             self.parts, self.looked = _parts(self.model), True
-        if self.parts is None:
+        if self.parts is None or not (mask is None or mask is self.last):
             return None
+        positions, cache = given["position_ids"], given["past_key_values"]
+        padding = [0] * len(ids) if mask is None else self.padding
+        if padding is not None and self.parts.ends is not None:
+            if self.position is None:
+                self.position = int(positions.max())
+            found = self.parts.whole(ids, positions, self.position, padding, cache)
+            if found is not None:
+                return found
         seen = mask.bool() if mask is not None and self.hides else None
-        return self.parts(ids, kwargs["position_ids"], seen, kwargs["past_key_values"])
+        logits = self.parts(ids, positions, seen, cache)
+        return None if logits is None else (logits, None)
 
 
 class _Here(threading.local):
-    steps: _Steps | None = None
+    steps: Run | None = None
 
 
 _here = _Here()
@@ -130,7 +189,7 @@ _here = _Here()
 @contextmanager
 def stepping(model: nn.Module) -> Iterator[None]:
     """Within it, this thread generates with `model`."""
-    outer, _here.steps = _here.steps, _Steps(model)
+    outer, _here.steps = _here.steps, Run(model)
     try:
         yield
     finally:
@@ -139,12 +198,12 @@ def stepping(model: nn.Module) -> Iterator[None]:
 
 def looping(model: nn.Module) -> None:
     """From here on `generate` is in a loop of single steps, one after the other."""
-    steps = _of(model)
+    steps = of(model)
     if steps is not None:
         steps.looping = True
 
 
-def _of(model: nn.Module) -> _Steps | None:
+def of(model: nn.Module) -> Run | None:
     steps = _here.steps
     return steps if steps is not None and steps.model is model else None
 
@@ -160,7 +219,7 @@ def _prepare(
     **kwargs: Any,
 ) -> Any:
     """See transformers' `GenerationMixin.prepare_inputs_for_generation`."""
-    steps = _of(self)
+    steps = of(self)
     positions = kwargs.get("position_ids")
     if (
         steps is None
@@ -172,7 +231,7 @@ def _prepare(
         or positions is None
         or positions.shape[-1] != 1
         or attention_mask is not steps.last
-        or not kwargs.keys() <= _KNOWN
+        or not kwargs.keys() <= KNOWN
     ):
         given = (input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds)
         stock: Any = GenerationMixin.prepare_inputs_for_generation
@@ -191,7 +250,7 @@ def _update(
     num_new_tokens: int = 1,
 ) -> dict[str, Any]:
     """See transformers' `GenerationMixin._update_model_kwargs_for_generation`."""
-    steps = _of(self)
+    steps = of(self)
     cache = model_kwargs.get("past_key_values")
     if (
         steps is None
@@ -199,7 +258,7 @@ def _update(
         or is_encoder_decoder
         or num_new_tokens != 1
         or type(cache) is not Cache
-        or not model_kwargs.keys() <= _KNOWN
+        or not model_kwargs.keys() <= KNOWN
         or outputs.get("past_key_values") is not cache
     ):
         updated: dict[str, Any] = GenerationMixin._update_model_kwargs_for_generation(
@@ -226,10 +285,13 @@ class _Parts:
         self.logits = [(_CHANGES[how], number) for how, number, _ in form.logits]
         self.angles = form.angles
         self.stack = stack
+        self.ends = self._ends([(how, number) for how, number, _ in form.embedded])
+        self.tables: tuple[list[Tensor], list[Tensor]] = [], []  # cos and sin for each kind
 
     def __call__(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor | None:
+        """The logits [batch, 1, vocabulary] of what the forward of the model would give."""
         x = self.embedding(ids)
         for change, number in self.embedded:
             x = change(x, number)
@@ -240,12 +302,100 @@ class _Parts:
             for more in self.angles
         ]
         y = self.stack(x, given)
-        if y is None:
+        return None if y is None else self._changed(self.head(self.norm(y)))
+
+    def whole(
+        self, ids: Tensor, positions: Tensor, last: int, hidden: Sequence[int], cache: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same by one op, and the tokens of the largest logits; None if that cannot be.
+
+        Args:
+            last: the largest of the positions.
+            hidden: of each row, how many of its first positions are padding.
+        """
+        if self.ends is None or not self._cover(last):
             return None
-        logits: Tensor = self.head(self.norm(y))
+        found = self.stack.logits(ids, self.ends, hidden, cache, self.tables, positions)
+        if found is None or not self.logits:
+            return found
+        logits = self._changed(found[0])
+        return logits, functional.argmax(logits)
+
+    def _changed(self, logits: Tensor) -> Tensor:
         for change, number in self.logits:
             logits = change(logits, number)
         return logits
+
+    def _cover(self, last: int) -> bool:
+        """Whether there are tables for all positions up to `last`."""
+        if self.tables[0] and last < len(self.tables[0][0]):
+            return True
+        dtype, rotary, self.tables = self.stack.dtype, self.rotary, ([], [])
+        if dtype is None or not isinstance(rotary, FusedRotary) or Parts([rotary]).watched():
+            return False
+        for more, form in zip(self.angles, self.stack.kinds, strict=True):
+            found = rotary.tables(dtype, last, *more)
+            if found is None or found[0].shape[-1] * form.table_times != form.rotary_dim:
+                return False
+            for table, kept in zip(found, self.tables, strict=True):
+                kept.append(table[:, :: form.table_step].contiguous())
+        return True
+
+    def _ends(self, embedded: list[tuple[str, float]]) -> functional.DecoderEnds | None:
+        """What is around the layers for the op; None if it is more, or looked at."""
+        norm, head, dtype = self.norm, self.head, self.stack.dtype
+        of_norm: Any = getattr(norm, "weight", None)
+        if (
+            dtype is None
+            or Parts([self.embedding, norm, head]).watched()
+            or not isinstance(norm, (FusedNorm, FusedLayerNorm))
+            or (of_norm is None and isinstance(self.embedding, QuantizedEmbedding))
+            or (of_norm is not None and of_norm.dtype is not dtype)
+            or not decoder._runs(head)
+            or (type(head.weight) is PackedWeight and not _exact(head.weight, dtype))
+        ):
+            return None
+        table, scale = _table(self.embedding, dtype), _scale(self.embedding, dtype)
+        if embedded and scale == 1.0 and embedded[0][0] == "times":
+            scale = embedded[0][1]
+        elif embedded:
+            return None
+        if table is None or scale is None:
+            return None
+        return functional.DecoderEnds(table, described_norm(norm), described_linear(head), scale)
+
+
+def _table(embedding: Any, dtype: torch.dtype) -> Any:
+    """What the op reads rows of in place of `embedding`, or None."""
+    if isinstance(embedding, QuantizedEmbedding):
+        return embedding.weight if embedding.like.dtype is dtype else None
+    weight = getattr(embedding, "weight", None)
+    if type(weight) is PackedWeight:
+        return weight if _exact(weight, dtype) else None
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype is dtype and weight.is_cpu
+    return weight if plain and weight.is_contiguous() else None
+
+
+def _scale(embedding: Any, dtype: torch.dtype) -> float | None:
+    """What `embedding` multiplies rows by; None if it does something else."""
+    forward = type(embedding).forward
+    if forward is QuantizedEmbedding.forward:
+        return 1.0
+    if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+        return None
+    if forward is nn.Embedding.forward:
+        return 1.0
+    numbers = [b for b in embedding._buffers.values() if b is not None and b.numel() == 1]
+    step = max(1, embedding.num_embeddings // 64)
+    ids = torch.arange(0, embedding.num_embeddings, step)
+    found, rows = embedding.forward(ids), nn.Embedding.forward(embedding, ids)
+    scales = (float(number.to(dtype)) for number in numbers)
+    return next((scale for scale in scales if torch.equal(rows * scale, found)), None)
+
+
+def _exact(weight: PackedWeight, dtype: torch.dtype | None) -> bool:
+    """Whether `weight` holds what it reads as, in this dtype."""
+    return not weight.rounded and weight.dtype is dtype
 
 
 def _parts(model: Any) -> _Parts | None:

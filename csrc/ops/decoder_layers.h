@@ -1,7 +1,7 @@
 // What a stack of decoder layers is made of, read from the tensors that describe it: each layer is
-// a row of integers and a row of numbers, in the order of functional/decoder.py, and its parameters
-// are named by their place in a list. Nothing is believed: every size is checked against the
-// others.
+// a row of integers and a row of numbers, in the order of functional/decoder_layer.py, and its
+// parameters are named by their place in a list. Nothing is believed: every size is checked against
+// the others.
 #pragma once
 
 #include <memory>

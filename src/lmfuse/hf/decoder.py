@@ -25,7 +25,7 @@ from transformers.utils import output_capturing
 from lmfuse import functional
 from lmfuse.functional import PackedExperts
 from lmfuse.functional.packed import is_matrix
-from lmfuse.generation.cache import Cache, Layer
+from lmfuse.generation.cache import Cache
 from lmfuse.generation.slots import Slots
 from lmfuse.hf import attention, spies, swap
 from lmfuse.hf.decoder_find import CACHE, asks_ours, find

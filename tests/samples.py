@@ -239,6 +239,7 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         )
     ],
     "woq_header": lambda: [(_quantized(),)],
+    "woq_copy": lambda: [(_quantized(),), (_quantized(zeros=True, order=True),)],
     "woq_unpack": lambda: [
         (_quantized(), 45, 36, 2, False, 0),
         (_quantized(True, True), 45, 36, 2, True, 64),

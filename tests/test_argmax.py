@@ -54,7 +54,7 @@ def test_shapes() -> None:
     for x in (torch.randn(5, 0), torch.tensor(1.0)):
         with pytest.raises(ValueError, match="x "):
             functional.argmax(x)
-    with pytest.raises(TypeError, match="x is torch.int64"):
+    with pytest.raises(TypeError, match=r"x is torch\.int64"):
         functional.argmax(torch.arange(3))
 
 

@@ -61,7 +61,7 @@ class Whole:
         self.table = torch.arange(slots).view(self.tokens + 2, self.batch).T.contiguous().int()
         self.ids = torch.randint(VOCABULARY, (self.batch, self.tokens))
         self.cos, self.sin = (torch.randn(40, DIM) for _ in range(2))
-        self.positions = (torch.arange(self.tokens) - torch.tensor(padding)[:, None]).clamp(0) + 2
+        self.positions = torch.arange(self.tokens) - torch.tensor(padding)[:, None] + 9
         self.caches = [
             torch.zeros(self.layers[0].kv_heads, slots, DIM, dtype=dtype) for _ in range(4)
         ]
@@ -69,7 +69,7 @@ class Whole:
     def piece(self, begin: int, end: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Tokens [begin, end), two columns on in the table."""
         columns = [end + 2, *(2 + first for first in self.padding[rows])]
-        ids, positions = self.ids[rows, begin:end], self.positions[rows, begin:end]
+        ids, positions = self.ids[rows, begin:end], self.positions[rows, begin].tolist()
         angles = [self.cos], [self.sin], positions
         given = self.stack, self.caches, [self.table[rows]], columns
         return functional.decoder_logits(ids, self.ends, *given, *angles)
@@ -135,9 +135,16 @@ def test_two_kinds(isa: str) -> None:
     tables, cos, sin = [whole.table] * 2, [whole.cos] * 2, [whole.sin] * 2
     given = whole.ends, stack, whole.caches, tables
     every, _ = functional.decoder_logits(
-        whole.ids, *given, [13, 2, 2] * 2, cos, sin, whole.positions
+        whole.ids, *given, [13, 2, 2] * 2, cos, sin, whole.positions[:, 0].tolist()
     )
-    last = whole.ids[:, -1:], *given, [13, 2, 2, 13, 8, 8], cos, sin, whole.positions[:, -1:]
+    last = (
+        whole.ids[:, -1:],
+        *given,
+        [13, 2, 2, 13, 8, 8],
+        cos,
+        sin,
+        whole.positions[:, -1].tolist(),
+    )
     assert_same_bits(functional.decoder_logits(*last)[0], every[:, -1:])
     fewer = [13, 2, 2, 13, 9, 9]
     assert not torch.equal(functional.decoder_logits(*last[:5], fewer, *last[6:])[0], every[:, -1:])
@@ -178,7 +185,7 @@ def test_refusals() -> None:
         "columns": [13, 2, 5],
         "cos": [whole.cos],
         "sin": [whole.sin],
-        "position_ids": whole.positions,
+        "positions": whole.positions[:, 0].tolist(),
     }
 
     def call(**changed: Any) -> Any:
@@ -200,10 +207,13 @@ def test_refusals() -> None:
     for tables in ([whole.table + 1], [whole.table - 30], [whole.table[:1]], []):
         with refused("tables"):
             call(tables=tables)
-    with refused("position_ids"):
-        call(position_ids=whole.positions + 40)
+    for positions in ([0, 30], [-1, 0], [0, 2**63 - 1], [-(2**63), 0], [1], [1, 2, 3]):
+        with refused("position"):
+            call(positions=positions)
+    with refused("positions has", TypeError):
+        call(positions=[0, 1.5])
     with refused("cos"):
-        call(position_ids=None)
+        call(positions=[])
     with refused("cos"):
         call(cos=[], sin=[])
     with refused("dtype of the weights"):
@@ -216,7 +226,7 @@ def test_refused_ends() -> None:
         DecoderEnds(plain.T, None, head)
     with refused("embedding has shape"):
         DecoderEnds(plain[0], None, head)
-    with refused("norm before the head"):
+    with refused("the weight of norm"):
         DecoderEnds(plain, norm(HIDDEN + 1, F32), head)
     with refused("quantized|packed", TypeError):
         DecoderEnds(plain, None, DecoderLinear(plain))
@@ -239,6 +249,6 @@ def test_shapes_without_data() -> None:
     op = torch.ops.lmfuse.decoder_logits.default
     numbers = whole.stack._number, whole.ends._number, 0
     meta = whole.ids.to("meta")
-    logits, largest = op(meta, *numbers, [], [], [], None)
+    logits, largest = op(meta, *numbers, [], [], [], [])
     assert (logits.shape, logits.dtype, logits.is_meta) == ((2, 11, VOCABULARY), BF16, True)
     assert (largest.shape, largest.dtype) == ((2, 11), torch.int64)

@@ -238,6 +238,28 @@ def _decoder_int8() -> Arguments:
     return _decoder() | {"caches": (*(_bytes(2, 12, 16) for _ in range(2)), *scales)}
 
 
+def _logits() -> Arguments:
+    """A whole model."""
+    head = F.DecoderLinear(F.pack_linear(torch.randn(40, 32)))
+    ends = F.DecoderEnds(torch.randn(40, 32), F.DecoderNorm(torch.rand(32)), head)
+    one = _decoder()
+    return {
+        "input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "ends": ends, "stack": one["stack"],
+        "caches": one["caches"], "tables": (one["block_tables"],), "columns": (3, 0, 0),
+        "cos": (torch.randn(9, 16),), "sin": (torch.randn(9, 16),),
+        "positions": (0, 3),
+    }  # fmt: skip
+
+
+def _embedded(embedding: Tensor, weight: Tensor) -> Tensor:
+    """A whole model whose ends are these."""
+    given = _logits()
+    norm = F.DecoderNorm(weight)
+    with torch.no_grad():
+        ends = F.DecoderEnds(embedding, norm, given["ends"].head)
+        return F.decoder_logits(**given | {"ends": ends})[0]
+
+
 def _described(parameters: tuple[Tensor, ...], layout: Tensor, numbers: Tensor) -> Tensor:
     """A decoder whose layers somebody else wrote down."""
     stack = F.DecoderStack(list(parameters), layout, numbers)
@@ -312,6 +334,12 @@ CALLS: dict[str, Call] = {
     "decoder int8": (F.decoder, _decoder_int8),
     "decoder kinds": (F.decoder, _decoder_kinds),
     "decoder experts": (F.decoder, _decoder_experts),
+    "decoder logits": (F.decoder_logits, _logits),
+    "decoder ends": (
+        _embedded,
+        lambda: {"embedding": torch.randn(40, 32), "weight": torch.rand(32)},
+    ),
+    "argmax": (F.argmax, lambda: {"x": torch.randn(3, 40)}),
     "rms norm": (F.rms_norm, lambda: _norm("hidden_states", "weight", eps=1e-6)),
     "layer norm": (F.layer_norm, lambda: _norm("hidden_states", "weight", "bias")),
     "add rms norm": (F.add_rms_norm, lambda: _norm("residual", "x", "weight", add_back=True)),

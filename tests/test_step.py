@@ -47,7 +47,9 @@ class Counting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = self.whole = 0
         for name in ("__call__", "whole"):
-            monkeypatch.setattr(step._Parts, name, self.counted(getattr(step._Parts, name), name))
+            monkeypatch.setattr(
+                step.StepParts, name, self.counted(getattr(step.StepParts, name), name)
+            )
 
     def counted(self, call: Any, name: str) -> Any:
         def run(*args: Any) -> Any:

@@ -16,6 +16,7 @@ import lmfuse
 from helpers import BF16, DTYPES, F16, F32, assert_close, assert_same_bits
 from lmfuse import modules
 from lmfuse.functional import (
+    copy_quantized,
     dequantize,
     pack_quantized,
     quantized_format,
@@ -75,6 +76,23 @@ def test_values(isa: str, kind: str) -> None:
     half = quantized("int4", 8, 40, 32, "offsets", F16)  # as GGUF's Q4_1: d q + m, in fp32
     d, m = (half[name].float().repeat_interleave(32, 1)[:, :40] for name in ("scales", "offsets"))
     assert_same_bits(dequantize(pack_quantized(**half)), half["codes"] * d + m)
+
+
+def test_a_copy_lies_in_large_pages(isa: str) -> None:
+    """Also of bytes in the middle of a file, as a checkpoint gives them."""
+    for n, k in ((1, 1), (33, 70), (520, 65536)):
+        codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+        packed = pack_quantized("int8", codes, torch.rand(n))
+        file = torch.zeros(8 + len(packed), dtype=torch.uint8)
+        file[8:] = packed
+        own = copy_quantized(file[8:])
+        assert torch.equal(own, packed)
+        assert own.data_ptr() % (2 << 20 if len(own) > 32 << 20 else 64) == 0
+        file[8:] = 0
+        assert torch.equal(own, packed)
+    for wrong in (packed.float(), packed[None], packed[::2], packed[:-1], packed[:0], None):
+        with pytest.raises((TypeError, ValueError), match="packed"):
+            copy_quantized(wrong)  # type: ignore[arg-type]
 
 
 def test_uneven_groups_of_columns(isa: str) -> None:

@@ -199,10 +199,11 @@ Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, std::vector<
 
 // input_ids [batch, tokens] to logits [batch, tokens, vocabulary], and where these are largest. For
 // each kind `columns` has the column after the last of its table, and where each row begins to see.
+// positions: of the first token of each row, if cos and sin are looked up by position.
 std::tuple<Tensor, Tensor> decoder_logits(Tensor input_ids, int64_t stack, int64_t ends,
                                           int64_t caches, std::vector<Tensor> tables,
                                           std::vector<int64_t> columns, std::vector<Tensor> angles,
-                                          std::optional<Tensor> position_ids) {
+                                          std::vector<int64_t> positions) {
   LMFUSE_CHECK(input_ids.is_cpu() && input_ids.dim() == 2 && input_ids.numel() > 0,
                "input_ids must be a CPU tensor [batch, tokens], and not be empty");
   if (!input_ids.is_contiguous()) input_ids = torch::stable::contiguous(input_ids);
@@ -225,7 +226,7 @@ std::tuple<Tensor, Tensor> decoder_logits(Tensor input_ids, int64_t stack, int64
     const int64_t* at = columns.data() + k * (1 + c.batch);
     return Tables(tables[k], at[0], at + 1, c, all);
   });
-  kinds.turn(angles, position_ids);
+  kinds.turn(angles, positions);
   const int64_t sizes[3] = {c.batch, c.tokens, c.ends->head.n};
   Tensor logits = new_tensor(sizes, 3, scalar_type(c.type));
   Tensor largest = new_tensor(sizes, 2, ScalarType::Long);
@@ -250,7 +251,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
       " Tensor[] angles) -> Tensor");
   m.def(
       "decoder_logits(Tensor input_ids, int stack, int ends, int caches, Tensor[] tables,"
-      " int[] columns, Tensor[] angles, Tensor? position_ids) -> (Tensor, Tensor)");
+      " int[] columns, Tensor[] angles, int[] positions) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) {

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "decoder_steps.h"
+#include "linear.h"
 #include "rope.h"
 
 namespace lmfuse {
@@ -176,17 +177,19 @@ class Kinds {
     }
   }
 
-  // cos and sin of each kind, first all cos: for each token, or of each position.
-  void turn(const std::vector<Tensor>& angles, const std::optional<Tensor>& positions) {
+  // cos and sin of each kind, first all cos: for each token, or of each position, of which that of
+  // the first token of each sequence is given.
+  void turn(const std::vector<Tensor>& angles, const std::vector<int64_t>& positions) {
     if (!rotary_dim_) return;
     LMFUSE_CHECK_VALUE(angles.size() == 2 * count(), "cos and sin must be given ",
                        static_cast<int64_t>(count()), " times, once for each kind of layer");
+    const auto known = in_a_row(positions);
     for (size_t k = 0; k < count(); ++k) {
       const DecoderLayer& l = c_.layers[firsts_[k]];
       const Tensor &cos = angles[k], &sin = angles[count() + k];
-      LMFUSE_CHECK_VALUE(cos.dim() == (positions ? 2 : 3), "cos and sin must be ",
-                         positions ? "[positions, width]" : "[batch, tokens, width]");
-      angles_.push_back(RopeTable{sin, cos, positions, rotary_dim_, true});
+      LMFUSE_CHECK_VALUE(cos.dim() == (known ? 2 : 3), "cos and sin must be ",
+                         known ? "[positions, width]" : "[batch, tokens, width]");
+      angles_.push_back(RopeTable{sin, cos, known, rotary_dim_, true});
       RopeArgs& rope = c_.kinds[k].rope;
       rope = angles_.back().args({c_.batch, c_.tokens, l.heads, l.head_dim, 0, 0, 0});
       rope.dtype = c_.type;
@@ -194,6 +197,21 @@ class Kinds {
   }
 
  private:
+  // [batch, tokens]
+  std::optional<Tensor> in_a_row(const std::vector<int64_t>& first) const {
+    if (first.empty()) return {};
+    LMFUSE_CHECK_VALUE(static_cast<int64_t>(first.size()) == c_.batch, "there are ",
+                       static_cast<int64_t>(first.size()), " positions for ", c_.batch,
+                       " sequences");
+    const int64_t sizes[2] = {c_.batch, c_.tokens};
+    Tensor all = new_tensor(sizes, 2, ScalarType::Long);
+    auto* at = static_cast<int64_t*>(all.mutable_data_ptr());
+    for (int64_t p : first)
+      for (int64_t t = 0; t < c_.tokens; ++t)
+        *at++ = static_cast<int64_t>(static_cast<uint64_t>(p) + t);
+    return all;
+  }
+
   DecoderCall& c_;
   std::vector<size_t> firsts_;  // layers
   std::vector<int64_t> slots_;

@@ -108,11 +108,11 @@ class DecoderReader {
     } else {
       e.embedding = opened("embedding");
     }
-    e.norm = norm("the norm before the head");
+    e.norm = norm("the weight of norm");
     e.head = linear("head");
     e.scale = number();
     LMFUSE_CHECK_VALUE(e.embedding.n && e.head.n, "embedding and head must be given");
-    fits(e.norm, e.head.k, "the norm before the head");
+    fits(e.norm, e.head.k, "the weight of norm");
   }
 
  private:

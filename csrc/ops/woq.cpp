@@ -142,6 +142,17 @@ Tensor woq_values(Tensor packed, std::optional<Tensor> rows, int64_t out_feature
   return y;
 }
 
+// The same bytes in large pages.
+Tensor woq_copy(Tensor packed) {
+  open_quantized(packed, "packed");
+  Tensor copy = new_weight_bytes(packed.numel());
+  const char* from = static_cast<const char*>(packed.const_data_ptr());
+  char* to = static_cast<char*>(copy.mutable_data_ptr());
+  parallel(packed.numel(), 1,
+           [&](int64_t begin, int64_t end) { std::memcpy(to + begin, from + begin, end - begin); });
+  return copy;
+}
+
 WoqHow checked_how(const Tensor& x, const Quantized& w, int64_t compute, bool block_scales) {
   LMFUSE_CHECK_VALUE(x.is_cpu() && x.dim() >= 1 && x.size(x.dim() - 1) == w.k,
                      "x must be a CPU tensor [..., ", w.k, "]");
@@ -326,6 +337,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
   m.def(
       "woq_unpack(Tensor packed, int out_features, int in_features, int groups, bool zeros,"
       " int columns) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("woq_copy(Tensor packed) -> Tensor");
   m.def("woq_values(Tensor packed, Tensor? rows, int out_features, int in_features) -> Tensor");
   m.def(
       "woq(Tensor x, Tensor weight, Tensor? bias, int out_features, int compute,"
@@ -342,6 +354,7 @@ STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) {
   m.impl("woq_pack", TORCH_BOX(&woq_pack));
   m.impl("woq_header", TORCH_BOX(&woq_header));
   m.impl("woq_unpack", TORCH_BOX(&woq_unpack));
+  m.impl("woq_copy", TORCH_BOX(&woq_copy));
   m.impl("woq_values", TORCH_BOX(&woq_values));
   m.impl("woq", TORCH_BOX(&woq));
   m.impl("woq_gate_up", TORCH_BOX(&woq_gate_up));

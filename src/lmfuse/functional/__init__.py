@@ -40,6 +40,7 @@ from lmfuse.functional.paged_attention import (
 from lmfuse.functional.quantized import (
     Quantized,
     QuantizedFormat,
+    copy_quantized,
     dequantize,
     pack_quantized,
     quantized_format,
@@ -65,6 +66,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "attention",
+    "copy_quantized",
     "decoder",
     "decoder_logits",
     "decoder_stack",

@@ -115,11 +115,17 @@ class DecoderEnds:
         place = placing(parameters)
         if isinstance(embedding, PackedWeight):
             integers, self.dtype = [0, place(embedding.packed), -1], embedding.packed_dtype
-        elif embedding.dtype is torch.uint8:  # read as values, whatever a product computes in
+        elif (
+            getattr(embedding, "dtype", None) is torch.uint8
+        ):  # read as values, whatever a product computes in
             integers = [0, place(embedding), 0]
             weight = None if norm is None else norm.weight
             self.dtype = torch.float32 if weight is None else weight.dtype
-        elif embedding.dim() != 2 or not embedding.is_contiguous() or not embedding.numel():
+        elif (
+            _check.held("embedding", embedding).dim() != 2
+            or not embedding.is_contiguous()
+            or not embedding.numel()
+        ):
             raise ValueError(
                 f"embedding has shape {tuple(embedding.shape)} and strides {embedding.stride()}, "
                 "but must be a contiguous matrix"
@@ -129,9 +135,20 @@ class DecoderEnds:
             self.dtype = embedding.dtype
         of_norm, numbers = norm_row(norm, place)
         layout = [*integers, *of_norm, *linear_row("head", head, place)]
-        given = parameters, torch.tensor([layout]), torch.tensor([[*numbers, scale]]).double()
+        floats = torch.tensor([[*numbers, scale]], dtype=torch.float64)
+        given = parameters, torch.tensor([layout]), floats
+        of_all = {
+            "embedding": embedding,
+            "the weight of norm": None if norm is None else norm.weight,
+            "the bias of norm": None if norm is None else norm.bias,
+            "the weight of head": head.weight,
+            "the bias of head": head.bias,
+        }
+        names = [name for name, x in of_all.items() if x is not None]
         with torch.no_grad():
-            self._number: int = call(_open_ends, *given, check=_check_stack)
+            self._number: int = call(
+                _open_ends, *given, check=lambda *_: _check_parameters(names, parameters)
+            )
         weakref.finalize(self, _close_ends, self._number).atexit = False
         _ends[self._number] = self
 
@@ -237,7 +254,7 @@ def decoder_logits(
     columns: Sequence[int],
     cos: Sequence[Tensor] = (),
     sin: Sequence[Tensor] = (),
-    position_ids: Tensor | None = None,
+    positions: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """A whole model: from tokens to logits, `decoder` between the two of `ends`.
 
@@ -251,8 +268,9 @@ def decoder_logits(
             in order.
         columns: for each kind 1 + batch numbers: e, then b of each row. The row sees the columns
             [b, e) of its table, and its new tokens go into the last of them.
-        cos, sin: for each kind [batch or 1, tokens, width]; with position_ids [positions, width].
-        position_ids: [1 or batch, tokens] int64, rows of cos and sin.
+        cos, sin: for each kind [batch or 1, tokens, width]; with positions [positions, width].
+        positions: of the first token of each row, or none: which row of cos and sin it takes; its
+            next token takes the next.
 
     Returns:
         logits [batch, tokens, vocabulary], of the dtype of `ends`, and `argmax` of these.
@@ -262,12 +280,11 @@ def decoder_logits(
     """
     if torch.is_grad_enabled():
         with torch.no_grad():
-            given = caches, tables, columns, cos, sin, position_ids
+            given = caches, tables, columns, cos, sin, positions
             return decoder_logits(input_ids, ends, stack, *given)
     held = _caches(caches)
     numbers = stack._number, ends._number, held._number
-    rows = [*tables], [*columns], [*cos, *sin]
-    args = (input_ids, *numbers, *rows, position_ids)
+    args = (input_ids, *numbers, [*tables], [*columns], [*cos, *sin], [*positions])
     result: tuple[Tensor, Tensor] = call(_logits, *args, check=_check_logits)
     return result
 
@@ -292,16 +309,20 @@ def _joined(**given: Any) -> list[Tensor]:
 
 
 def _check_stack(parameters: list[Tensor], layout: Tensor, numbers: Tensor) -> None:
-    for i, x in enumerate(parameters):
-        name = f"parameters[{i}]"
+    names = [f"parameters[{i}]" for i in range(len(parameters))]
+    _check_parameters(names, parameters)
+    _check.held("layout", layout, (torch.int64,))
+    _check.held("numbers", numbers, (torch.float64,))
+
+
+def _check_parameters(names: Sequence[str], parameters: list[Tensor]) -> None:
+    for name, x in zip(names, parameters, strict=True):
         _check.held(name, x, (*_check.FLOATS, torch.uint8))
         if x.dim() != 1 or not x.is_contiguous():
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} and strides {x.stride()}, but must have one "
                 "dimension and be contiguous"
             )
-    _check.held("layout", layout, (torch.int64,))
-    _check.held("numbers", numbers, (torch.float64,))
 
 
 def _check_caches(tensors: list[Tensor]) -> None:
@@ -358,7 +379,7 @@ def _check_logits(
     tables: list[Tensor],
     columns: list[int],
     angles: list[Tensor],
-    position_ids: Tensor | None,
+    positions: list[int],
 ) -> None:
     if _check.held("input_ids", input_ids, (torch.int64,)).dim() != 2 or not input_ids.numel():
         raise ValueError(
@@ -367,12 +388,13 @@ def _check_logits(
         )
     for x in tables:
         _check_rows("tables", x, 2)
-    for column in columns:
-        if type(column) is not int:
-            raise TypeError(f"columns has {type(column).__name__}, but must have int")
-    if position_ids is not None:
-        _check.held("position_ids", position_ids, (torch.int64,))
-    _check_angles(angles, input_ids.shape, position_ids is not None)
+    for name, numbers in (("columns", columns), ("positions", positions)):
+        for number in numbers:
+            if type(number) is not int:
+                raise TypeError(f"{name} has {type(number).__name__}, but must have int")
+    if len(positions) not in (0, len(input_ids)):
+        raise ValueError(f"there are {len(positions)} positions for {len(input_ids)} rows")
+    _check_angles(angles, input_ids.shape, bool(positions))
 
 
 def _check_rows(name: str, x: Tensor, dims: int) -> None:

@@ -21,6 +21,7 @@ _pack = ops.woq_pack.default
 _header = ops.woq_header.default
 _unpack = ops.woq_unpack.default
 _values = ops.woq_values.default
+_copy = ops.woq_copy.default
 
 # The numbers of WoqKind, WoqZero and DType in csrc/kernels/kernels.h.
 KINDS = ("int8", "int4", "nf4", "fp8")
@@ -177,6 +178,18 @@ def quantized_format(packed: Tensor) -> QuantizedFormat:
     return QuantizedFormat(
         KINDS[kind], n, k, group or -1, _DTYPES[scale], _ZEROS[zero], bool(ordered), columns
     )
+
+
+def copy_quantized(packed: Tensor) -> Tensor:
+    """The same bytes in memory of their own, in pages of 2 MB as `pack_quantized` makes them: from
+    there a row is multiplied 7 to 12 % faster than from a view into a file, or its clone.
+
+    Raises:
+        TypeError, ValueError: not the bytes of a quantized weight.
+    """
+    _check_bytes("packed", packed)
+    with torch.no_grad():
+        return cast(Tensor, call(_copy, packed))
 
 
 def unpack_quantized(packed: Tensor) -> Quantized:
@@ -364,6 +377,12 @@ def _(
 @register_fake("woq_header")
 def _(packed: Tensor) -> Tensor:
     return packed.new_empty((8,), dtype=torch.int64)
+
+
+@register_fake("woq_copy")
+def _(packed: Tensor) -> Tensor:
+    _check_bytes("packed", packed)
+    return packed.new_empty(packed.shape)
 
 
 @register_fake("woq_unpack")

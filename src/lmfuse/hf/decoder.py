@@ -297,13 +297,14 @@ class _Run:
         hidden: Sequence[int],
         cache: Any,
         tables: tuple[list[Tensor], list[Tensor]],
-        positions: Tensor,
+        positions: Sequence[int],
     ) -> tuple[Tensor, Tensor] | None:
         """See `functional.decoder_logits`; None as above.
 
         Args:
             hidden: of each row, how many of its first positions are padding.
-            tables: cos and sin for each kind, of which positions are rows.
+            tables: cos and sin for each kind.
+            positions: of the token of each row.
         """
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None

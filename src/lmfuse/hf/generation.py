@@ -12,7 +12,7 @@ from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.processors import quickened
 from lmfuse.generation.search import SharesPrompts
 from lmfuse.generation.tuples import TupleCache, placeholders
-from lmfuse.hf import attention, attention_modules, config, decoder, loop, step, swap
+from lmfuse.hf import attention, attention_modules, config, decoder, loop, step, step_parts, swap
 from lmfuse.hf.inputs import Explains
 from lmfuse.hf.tracing import TakesTuples, forget_graphs
 
@@ -142,7 +142,7 @@ def join(model: nn.Module, done: swap.Report) -> None:
             generating.append(root)
     decoder.join(model, done)
     for root in generating:
-        if (form := step.find(root)) is not None:
+        if (form := step_parts.find(root)) is not None:
             stock = type(root).fused_stock  # type: ignore[attr-defined]
             swap.put(root, swap.Swap(swap.subclass(FusedGeneration, stock, fused_step=form), ""))
 

@@ -21,7 +21,7 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from lmfuse import functional
 from lmfuse.generation.cache import Cache
@@ -111,9 +111,11 @@ class _Criteria:
         self.pads = any(hasattr(c, "eos_token_id") for c in given)
         self.stopped = [False] * rows
 
-    def met(self, tokens: list[int], count: int, ids: Callable[[], Tensor], scores: Any) -> bool:
+    def met(
+        self, tokens: list[list[int]], count: int, ids: Callable[[], Tensor], scores: Any
+    ) -> bool:
         """Whether all rows have come to an end, with these tokens the last of `count`."""
-        for i, token in enumerate(tokens):
+        for i, (token,) in enumerate(tokens):
             if token in self.ends:
                 self.stopped[i] = True
         for criterion in self.lengths:
@@ -143,8 +145,8 @@ class _Loop:
         self.model, self.steps, self.settings = model, steps, settings
         self.processors, self.criteria, self.streamer = processors, criteria, streamer
         recorded = settings.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if recorded and settings.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if recorded and settings.output_logits else None
+        self.scores: Any = () if recorded and settings.output_scores else None  # a tuple
+        self.logits: Any = () if recorded and settings.output_logits else None
 
     def run(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
         """See transformers' `GenerationMixin._sample`."""
@@ -153,7 +155,7 @@ class _Loop:
         first = not settings.is_assistant
         outputs = model._prefill(input_ids, settings, model_kwargs, is_first_iteration=first)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        logits, largest, outputs = outputs.logits[:, -1].clone(), None, None
+        logits, largest, outputs = outputs.logits[:, -1:].clone(), None, None
         with model._optimize_model_for_decode():
             while True:
                 tokens = self._padded(self._chosen(logits, largest))
@@ -161,7 +163,7 @@ class _Loop:
                 self.count += 1
                 met = criteria.met(tokens.tolist(), self.count, self._all, self.scores)
                 if self.streamer is not None:
-                    self.streamer.put(tokens)
+                    self.streamer.put(tokens.squeeze(1))
                 if met:
                     break
                 logits, largest = self.steps.next(tokens, model_kwargs, self._all)
@@ -169,8 +171,9 @@ class _Loop:
             self.streamer.end()
         if not settings.return_dict_in_generate:
             return self._all()
+        ids: Any = self._all()
         return GenerateDecoderOnlyOutput(
-            sequences=self._all(),
+            sequences=ids,
             scores=self.scores,
             logits=self.logits,
             past_key_values=model_kwargs["past_key_values"],
@@ -179,24 +182,24 @@ class _Loop:
     def _all(self) -> Tensor:
         """[rows, tokens] so far."""
         if self.new:
-            self.ids = torch.cat([self.ids, torch.stack(self.new, 1)], 1)
+            self.ids = torch.cat([self.ids, *self.new], 1)
             self.new = []
         return self.ids
 
     def _chosen(self, logits: Tensor, largest: Tensor | None) -> Tensor:
-        """The next tokens; those of the largest logits may be known."""
+        """The next tokens, [rows, 1]; those of the largest logits may be known."""
         recorded = self.scores is not None or self.logits is not None
         if not (self.processors or recorded or self.settings.do_sample):
             return functional.argmax(logits) if largest is None else largest
-        logits = logits.to(dtype=torch.float32, copy=True)
+        logits = logits[:, -1].to(dtype=torch.float32, copy=True)
         scores = self.processors(self._all(), logits)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
         if not self.settings.do_sample:
-            return functional.argmax(scores)
-        return torch.multinomial(nn.functional.softmax(scores, -1), 1).squeeze(1)
+            return functional.argmax(scores).unsqueeze(1)
+        return torch.multinomial(nn.functional.softmax(scores, -1), 1)
 
     def _padded(self, tokens: Tensor) -> Tensor:
         """Padding for the rows that came to an end before."""
@@ -204,4 +207,4 @@ class _Loop:
         if not self.criteria.pads or not any(stopped):
             return tokens
         pad = self.settings._pad_token_tensor
-        return torch.where(torch.tensor(stopped), pad, tokens)
+        return torch.where(torch.tensor(stopped).unsqueeze(1), pad, tokens)

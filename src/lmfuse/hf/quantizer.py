@@ -17,7 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lmfuse.functional import QuantizedFormat, quantized_format
+from lmfuse.functional import QuantizedFormat, copy_quantized, quantized_format
 from lmfuse.functional.experts import panel_rows
 from lmfuse.modules import QuantizedLinear, experts
 from lmfuse.quantization import model as quantized
@@ -238,9 +238,11 @@ def _bytes(
         raise ValueError(f"the checkpoint has no {name}")
     if weight.is_floating_point():  # it is tied to one that is not quantized
         return quantized.pack_weight(name, weight, config, *parts)
-    # A view into a file, aligned to 8 bytes: kernels are faster on memory of our own. What was
-    # quantized just now lies in large pages, in which they are faster still, by 7 to 12 %.
-    return weight.detach().clone() if of_file else weight.detach()
+    # A view into a file, aligned to 8 bytes; what was quantized just now lies in large pages.
+    if not of_file:
+        return weight.detach()
+    _format(name, weight)
+    return copy_quantized(weight)
 
 
 def _format(name: str, packed: Tensor) -> QuantizedFormat:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import lmfuse
 from helpers import DTYPES
@@ -40,14 +39,17 @@ def _two_threads_and_one_seed() -> Iterator[None]:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of the decoder op had."""
+    """How many layers each call of the decoder op had, or of that from tokens to logits."""
     calls: list[int] = []
-    stock = functional.decoder
 
-    def counted(x: Tensor, stack: functional.DecoderStack, *args: Any) -> Tensor:
-        result = stock(x, stack, *args)
-        calls.append(len(stack))
-        return result
+    def counting(stock: Any, place: int) -> Any:
+        def counted(*args: Any) -> Any:
+            result = stock(*args)
+            calls.append(len(args[place]))
+            return result
 
-    monkeypatch.setattr(functional, "decoder", counted)
+        return counted
+
+    for name, place in (("decoder", 1), ("decoder_logits", 2)):  # of the stack
+        monkeypatch.setattr(functional, name, counting(getattr(functional, name), place))
     return calls

@@ -304,6 +304,17 @@ def test_published_experts_with_an_order_of_columns(tmp_path: Path) -> None:
         lmfuse.from_pretrained(tmp_path)
 
 
+def test_published_experts_with_biases(tmp_path: Path) -> None:
+    save_published(tmp_path, "gptq", model=qwen3_moe())
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.experts.2.up_proj.bias"] = torch.ones(64)
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts: its experts have biases"):
+        lmfuse.from_pretrained(tmp_path)
+
+
 def qwen3_moe() -> Any:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(

@@ -35,13 +35,16 @@ def norm(n: int, dtype: torch.dtype, centered: bool = False) -> DecoderNorm:
     return DecoderNorm(1 + 0.3 * torch.randn(n).to(dtype), bias, 1e-5, centered)
 
 
-def mixture(experts: int, dtype: torch.dtype, chosen: int, normalized: bool) -> DecoderExperts:
+def mixture(
+    experts: int, dtype: torch.dtype, chosen: int, normalized: bool, gate: bool
+) -> DecoderExperts:
     gate_up = (torch.randn(experts, 2 * INNER, HIDDEN) / HIDDEN**0.5).to(dtype)
     down = (torch.randn(experts, HIDDEN, INNER) / INNER**0.5).to(dtype)
     router = linear(experts, HIDDEN, dtype)
     router = DecoderLinear(pack_linear(router.weight.unpack() * 4))
     packed = functional.pack_experts(gate_up, 2), functional.pack_experts(down)
-    return DecoderExperts(router, *packed, INNER, chosen, normalized)
+    shared_gate = linear(1, HIDDEN, dtype) if gate else None
+    return DecoderExperts(router, *packed, INNER, chosen, normalized, shared_gate=shared_gate)
 
 
 # What layers of transformers differ in, a few at a time.
@@ -51,17 +54,36 @@ FORMS: dict[str, dict[str, Any]] = {
     "window, softcap": {"rotary_dim": DIM, "window": 6, "softcap": 2.0},
     "interleaved partial rope": {"rotary_dim": 8, "rotary_half": False},
     "parallel": {"parallel": True, "centered": True, "gated": False, "activation": "gelu"},
-    "neox": {"interleaved": True, "heads": 3, "kv_heads": 3, "parallel": True, "rotary_dim": 8},
+    "neox": {"groups": 3, "heads": 3, "kv_heads": 3, "parallel": True, "rotary_dim": 8},
+    "falcon": {"groups": 2, "heads": 6, "rotary_dim": DIM, "parallel": True, "head_norms": True},
+    "codegen": {
+        "groups": 2,
+        "kv_heads": 4,
+        "values_first": True,
+        "rotary_dim": 8,
+        "rotary_half": False,
+        "head_norms": True,
+    },
+    "sinks": {"sinks": torch.tensor([0.5, -2.0, 3.0, 0.0]), "rotary_dim": DIM, "window": 6},
+    "olmo": {"weights": False, "centered": True, "head_norms": True, "rotary_dim": DIM},
     "one projection": {"fused": True, "rotary_dim": DIM},
     "norms everywhere": {"head_norms": True, "after": True, "rotary_dim": DIM},
     "norm of all heads": {"wide_norms": True, "rotary_dim": DIM},
     "no norms, scaled": {"before": False, "residual_scale": 0.25, "activation": "gelu_tanh"},
     "plain relu": {"gated": False, "activation": "relu"},
     "experts": {"experts": 5, "rotary_dim": DIM},
+    "shared expert": {"experts": 4, "shared": 56, "rotary_dim": DIM},
+    "shared expert, gelu": {
+        "experts": 3,
+        "shared": 90,
+        "shared_gate": False,
+        "activation": "gelu_tanh",
+        "after": True,
+    },
     "experts, gelu": {"experts": 3, "normalized": False, "activation": "gelu", "after": True},
     "alibi": {
         "alibi": torch.tensor([0.5, 0.25, 0.125, 0.0625]),
-        "interleaved": True,
+        "groups": 4,
         "kv_heads": 4,
     },
 }
@@ -78,14 +100,18 @@ def make(
     wide_norms: bool = False,
     before: bool = True,
     after: bool = False,
+    weights: bool = True,
     experts: int = 0,
     chosen: int = 2,
     normalized: bool = True,
+    shared: int = 0,
+    shared_gate: bool = True,
+    inner: int = INNER,
     **options: Any,
 ) -> DecoderLayer:
     q, kv = heads * DIM, kv_heads * DIM
     gated = options.get("gated", True)
-    if fused or options.get("interleaved"):
+    if fused or options.get("groups", 1) > 1:
         query, key, value = linear(q + 2 * kv, HIDDEN, dtype, bias), None, None
     else:
         query, key, value = (linear(n, HIDDEN, dtype, bias) for n in (q, kv, kv))
@@ -98,13 +124,18 @@ def make(
     if head_norms or wide_norms:
         norms["query_norm"] = norm(q if wide_norms else DIM, dtype)
         norms["key_norm"] = norm(kv if wide_norms else DIM, dtype)
+    if not weights:
+        norms = {name: replace(n, weight=None, bias=None) for name, n in norms.items()}
+    inner = shared or inner
     mlp = (
-        linear(halves * INNER, HIDDEN, dtype, bias),
-        linear(INNER, HIDDEN, dtype, bias) if gated and not fused else None,
-        linear(HIDDEN, INNER, dtype, bias),
+        linear(halves * inner, HIDDEN, dtype, bias),
+        linear(inner, HIDDEN, dtype, bias) if gated and not fused else None,
+        linear(HIDDEN, inner, dtype, bias),
     )
     if experts:
-        options["experts"] = mixture(experts, dtype, chosen, normalized)
+        gate = shared > 0 and shared_gate
+        options["experts"] = mixture(experts, dtype, chosen, normalized, gate)
+    if experts and not shared:
         mlp = None, None, None
     return DecoderLayer(
         heads,
@@ -170,7 +201,20 @@ def test_reference(isa: str, dtype: torch.dtype, form: str) -> None:
     assert error < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("form", ["llama", "norms everywhere", "neox", "alibi", "experts, gelu"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "llama",
+        "norms everywhere",
+        "neox",
+        "falcon",
+        "codegen",
+        "alibi",
+        "sinks",
+        "experts, gelu",
+        "shared expert",
+    ],
+)
 def test_bits_depend_on_the_row_alone(isa: str, dtype: torch.dtype, form: str) -> None:
     """Not on the batch, the piece of the prompt, or the number of threads."""
     layers = [make(dtype, **FORMS[form]) for _ in range(3)]
@@ -204,6 +248,18 @@ def test_stack_is_layer_after_layer(dtype: torch.dtype) -> None:
         one.cos, one.sin = run.cos, run.sin
         x = one.pieces(9)
     assert_same_bits(y, x)
+
+
+def test_transposed_weights() -> None:
+    """Those of transformers' Conv1D: their bytes are the same."""
+    layer, x = make(F32, fused=True), torch.randn(2, 5, HIDDEN)
+
+    def turned(given: Any) -> DecoderLinear:
+        weight = given.weight.unpack().t().contiguous()
+        return replace(given, weight=pack_linear(weight, transposed=True))
+
+    other = replace(layer, **{n: turned(getattr(layer, n)) for n in ("query", "output", "down")})
+    assert_same_bits(Run([other], x).pieces(5), Run([layer], x).pieces(5))
 
 
 class Mixed:
@@ -384,52 +440,24 @@ def test_bad_layouts() -> None:
     with pytest.raises(ValueError, match="one kind must have the same window"):
         Run(two, x).pieces(5)
     with pytest.raises(ValueError, match="the same sizes and form"):
-        Run([make(F32), make(F32, gated=False)], x).pieces(5)
+        Run([make(F32), make(F32, parallel=True)], x).pieces(5)
     with pytest.raises(ValueError, match="kind is 2, but it must be from 0 to 1"):
         decoder_stack([make(F32), make(F32, kind=2)])
     one = [make(F32), make(F32, kind=1)]
     with pytest.raises(ValueError, match="cu_seqlens must be given 2 times, once for each kind"):
         Run(one, x).pieces(5)
-    for slopes, words in ((torch.ones(3), "has 3 elements"), (torch.ones(4).half(), "float32")):
+    for each, words in ((torch.ones(3), "has 3 elements"), (torch.ones(4).half(), "float32")):
         with pytest.raises(ValueError, match=f"alibi.*{words}"):
-            decoder_stack([make(F32, alibi=slopes)])
+            decoder_stack([make(F32, alibi=each)])
+        with pytest.raises(ValueError, match=f"sinks.*{words}"):
+            decoder_stack([make(F32, sinks=each)])
+    for groups, words in ((0, "groups is 0"), (4, "from 1 to 3"), (2, "2 groups do not divide")):
+        with pytest.raises(ValueError, match=words):
+            decoder_stack([make(F32, heads=6, kv_heads=3, fused=True, groups=groups)])
+    with pytest.raises(ValueError, match="the norm of queries or keys has 80"):
+        decoder_stack([make(F32, wide_norms=True, fused=True, groups=2)])
     with pytest.raises(ValueError, match="layers is empty"):
         decoder_stack([])
     with pytest.raises(ValueError, match="activation is 'mish'"):
         decoder_stack([make(F32, activation="mish")])
     refused(ValueError, "decoder has no backward", hidden_states=x.clone().requires_grad_())
-
-
-def test_mixtures_that_cannot_be() -> None:
-    good = make(F32, experts=4)
-    mixed: Any = good.experts
-
-    def refused(match: str, error: type[Exception] = ValueError, **changed: Any) -> None:
-        with pytest.raises(error, match=match):
-            decoder_stack([replace(good, experts=replace(mixed, **changed))])
-
-    refused("chosen, but it must be from 0 to 4|chosen is 5", chosen=5)
-    refused("a router, experts and chosen ones", chosen=0)
-    refused("gate_up of the experts has no features", inner_features=0)
-    refused("gate_up of the experts holds a weight 72 by 40", inner_features=8)
-    refused("which are not 6 weights", router=linear(3, HIDDEN, F32))
-    refused("down of the experts has 30848 bytes", down=mixed.gate_up)
-    refused("its router has no bias", router=linear(4, HIDDEN, F32, bias=True))
-    quantized = functional.expert_rows(mixed.down.unpack())
-    codes, scales = quantized.sign().to(torch.int8), torch.ones(len(quantized))
-    packed = functional.pack_quantized("int8", codes, scales)
-    refused("both be packed, or both quantized", TypeError, down=packed)
-    with pytest.raises(ValueError, match="has no other MLP"):
-        decoder_stack([replace(good, down=linear(HIDDEN, INNER, F32))])
-    with pytest.raises(ValueError, match="silu or gelu"):
-        decoder_stack([replace(good, activation="relu")])
-    with pytest.raises(ValueError, match="are gated"):
-        decoder_stack([replace(good, gated=False)])
-    with pytest.raises(ValueError, match="must be given"):
-        decoder_stack([replace(good, experts=None)])
-    with pytest.raises(ValueError, match="same sizes and form"):
-        decoder_stack([good, make(F32)])
-    run = Run([good], torch.randn(1, 3, HIDDEN))
-    run.x = run.x.bfloat16()
-    with pytest.raises((ValueError, TypeError), match="dtype"):
-        run.pieces(3)

@@ -17,20 +17,24 @@ from test_decoder_models import generated, inputs
 from test_hf_attention import TINY
 
 QWEN = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
-# Family, settings, and whether its layers run in the op.
-FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "mixtral": ("mixtral", {"num_local_experts": 4}, True),
-    "mixtral, window": ("mixtral", {"num_local_experts": 4, "sliding_window": 6}, True),
-    "qwen3_moe": ("qwen3_moe", QWEN, True),
-    "normalized": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}, True),
-    "one of each kind": ("qwen3_moe", {**QWEN, "mlp_only_layers": [0]}, True),
-    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, True),
-    "shared expert": ("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 48}, False),
+SHARED = {**QWEN, "shared_expert_intermediate_size": 48}
+GPT_OSS = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral, window": ("mixtral", {"num_local_experts": 4, "sliding_window": 6}),
+    "qwen3_moe": ("qwen3_moe", QWEN),
+    "normalized": ("qwen3_moe", {**QWEN, "norm_topk_prob": True}),
+    "one of each kind": ("qwen3_moe", {**QWEN, "mlp_only_layers": [0]}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "shared expert": ("qwen2_moe", SHARED),
+    "gpt_oss": ("gpt_oss", GPT_OSS),
+    "gpt_oss, yarn": ("gpt_oss", {**GPT_OSS, "num_hidden_layers": 4, "swiglu_limit": 2.0}),
+    "shared expert, dense": ("qwen2_moe", {**SHARED, "mlp_only_layers": [1]}),
 }
 
 
 def model_of(name: str = "qwen3_moe", **changed: Any) -> Any:
-    family, settings, _ = FAMILIES[name]
+    family, settings = FAMILIES[name]
     given = {k: v for k, v in TINY.items() if k != "eos_token_id"}
     config = transformers.AutoConfig.for_model(
         family, **{**given, **settings, "eos_token_id": 2, **changed}
@@ -52,6 +56,7 @@ def model_of(name: str = "qwen3_moe", **changed: Any) -> Any:
 def test_families(name: str, runs: list[int]) -> None:
     stock = model_of(name)
     model = lmfuse.optimize(stock)
+    runs.clear()
     for padded in (False, True):
         for beams in (1, 4):
             options = {"num_beams": beams, "output_logits": True, "return_dict_in_generate": True}
@@ -60,13 +65,26 @@ def test_families(name: str, runs: list[int]) -> None:
             if beams == 1:
                 for a, b in zip(found.logits, expected.logits, strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert bool(runs) is FAMILIES[name][2]
+    assert set(runs) == {stock.config.num_hidden_layers}
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_a_row_has_the_same_bits_in_any_piece(bits: int | None, isa: str, runs: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("qwen3_moe", None),
+        ("qwen3_moe", 8),
+        ("qwen3_moe", 4),
+        ("shared expert", None),
+        ("shared expert, dense", 8),
+        ("gpt_oss", None),
+        ("gpt_oss", 4),
+    ],
+)
+def test_a_row_has_the_same_bits_in_any_piece(
+    name: str, bits: int | None, isa: str, runs: list[int]
+) -> None:
     config = None if bits is None else lmfuse.WeightOnlyConfig(bits, compute="bf16")
-    model = lmfuse.optimize(model_of().to(BF16), quantization_config=config)
+    model = lmfuse.optimize(model_of(name).to(BF16), quantization_config=config)
     ids = torch.randint(3, 128, (2, 21))
 
     def logits(*sizes: int, rows: slice = slice(None)) -> torch.Tensor:
@@ -81,7 +99,7 @@ def test_a_row_has_the_same_bits_in_any_piece(bits: int | None, isa: str, runs: 
     assert_same_bits(logits(*[1] * 21, rows=slice(1, 2)), whole[1:])
     torch.set_num_threads(1)
     assert_same_bits(logits(21), whole)
-    assert runs
+    assert 2 in runs
 
 
 def test_what_is_written_into_a_router_counts(runs: list[int]) -> None:
@@ -97,7 +115,36 @@ def test_what_is_written_into_a_router_counts(runs: list[int]) -> None:
     expected = generated(stock)
     assert not torch.equal(expected, before)
     assert torch.equal(generated(model), expected)
-    assert runs
+    assert 2 in runs
+
+
+@pytest.mark.parametrize(
+    "part", ["self_attn.sinks", "mlp.router.bias", "mlp.experts.gate_up_proj_bias"]
+)
+def test_what_is_written_into_a_vector_counts(part: str, runs: list[int]) -> None:
+    """Of gpt-oss, of which the op reads copies."""
+    stock = model_of("gpt_oss").to(BF16)
+    model = lmfuse.optimize(stock)
+    before = generated(model, output_logits=True, return_dict_in_generate=True).logits[0]
+    with torch.no_grad():
+        for each in (stock, model):
+            each.get_parameter(f"model.layers.0.{part}").copy_(
+                torch.randn(
+                    each.get_parameter(f"model.layers.0.{part}").shape,
+                    generator=torch.Generator().manual_seed(5),
+                )
+                * 4
+            )
+    runs.clear()
+    found = generated(model, output_logits=True, return_dict_in_generate=True).logits[0]
+    assert set(runs) == {2}
+    assert_same_bits(
+        found,
+        generated(lmfuse.optimize(stock), output_logits=True, return_dict_in_generate=True).logits[
+            0
+        ],
+    )
+    assert not torch.equal(found, before)
 
 
 @pytest.mark.parametrize("part", ["mlp", "mlp.gate", "mlp.experts"])

@@ -93,7 +93,9 @@ class Whole:
 
 
 @pytest.mark.parametrize("how", ["plain", "packed", "quantized"])
-@pytest.mark.parametrize("form", ["llama", "interleaved partial rope", "experts, gelu"])
+@pytest.mark.parametrize(
+    "form", ["llama", "interleaved partial rope", "experts, gelu", "codegen", "shared expert"]
+)
 def test_the_bits_of_its_parts(isa: str, dtype: torch.dtype, how: str, form: str) -> None:
     for scale in (1.0, 3.7):
         whole = Whole(dtype, how, scale, normed=how == "quantized" or scale == 1.0, **FORMS[form])

@@ -43,10 +43,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": None},
     "falcon heads": {"num_kv_heads": None, "multi_query": False, "parallel_attn": False},
     "mpt": {"use_cache": True, "max_seq_len": 64},
+    "gptj": {"rotary_dim": 8, "n_positions": 64},
+    "codegen": {"rotary_dim": 8, "n_positions": 64},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "gpt_bigcode": {},
+    "gpt_bigcode heads": {"multi_query": False},
+    "olmo": {},
+    "falcon groups": {"num_kv_heads": 2, "new_decoder_architecture": True},
+    "falcon groups, one norm": {
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+        "num_ln_in_parallel_attn": 1,
+    },
     "cohere2": MIXED,  # where those without a window do not rotate
     "olmo3": MIXED,
     "qwen3 windows": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 6, **MIXED},
 }
+
+# Parts of models whose parameters are made larger, so that attention and tokens vary.
+QUERIES = ("q_proj", "k_proj", "v_proj", "embed", "qkv", "query_key", "c_attn", "wte")
 
 
 def model_of(family: str = "llama", **changed: Any) -> Any:
@@ -60,7 +75,7 @@ def model_of(family: str = "llama", **changed: Any) -> Any:
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(k in name for k in ("q_proj", "k_proj", "v_proj", "embed", "qkv", "query_key")):
+            if any(k in name for k in QUERIES):
                 parameter.mul_(5)
             elif parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -116,6 +131,25 @@ def test_mpt_that_clips_or_is_copied(runs: list[int]) -> None:
     assert torch.equal(generated(clipped), generated(stock))
 
 
+@pytest.mark.parametrize("how", ["assign", "copy"])
+def test_angles_of_one_layer(how: str, runs: list[int]) -> None:
+    """GPT-J's attention has its tables in each layer, and they may come to differ."""
+    stock = model_of("gptj")
+    ours = lmfuse.optimize(stock)
+    generated(ours)
+    assert 2 in runs
+    runs.clear()
+    for model in (stock, ours):
+        attention = model.transformer.h[1].attn
+        turned = attention.embed_positions.flip(0)
+        if how == "assign":
+            attention.embed_positions = turned
+        else:
+            attention.embed_positions.copy_(turned)
+    assert torch.equal(generated(ours), generated(stock))
+    assert set(runs) == {1}
+
+
 def test_bfloat16() -> None:
     stock = model_of().bfloat16()
     ours = lmfuse.optimize(stock)
@@ -127,7 +161,7 @@ def test_bfloat16() -> None:
     assert (b - exact).norm() <= 1.05 * (a - exact).norm()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom", "gptj", "codegen", "gpt2"])
 def test_prompt_in_pieces_has_the_same_bits(family: str, runs: list[int]) -> None:
     ours = lmfuse.optimize(model_of(family))
     runs.clear()
@@ -275,7 +309,7 @@ class TestWatched:
         assert not runs
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gptj", "gpt2"])
 def test_padding_in_the_middle(family: str) -> None:
     stock = model_of(family)
     ours = lmfuse.optimize(stock)

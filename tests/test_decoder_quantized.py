@@ -187,7 +187,7 @@ def test_bits_depend_on_the_row_alone(isa: str, dtype: torch.dtype, formats: str
     [
         {"rotary_dim": DIM, "bias": True},
         {"parallel": True, "centered": True, "gated": False, "activation": "gelu"},
-        {"interleaved": True, "heads": 3, "kv_heads": 3, "parallel": True, "rotary_dim": 8},
+        {"groups": 3, "heads": 3, "kv_heads": 3, "parallel": True, "rotary_dim": 8},
         {"fused": True, "rotary_dim": DIM},
         {"head_norms": True, "after": True, "rotary_dim": DIM},
         {"before": False, "residual_scale": 0.25, "activation": "gelu_tanh"},

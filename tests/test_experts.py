@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +19,19 @@ from lmfuse.functional import PackedExperts
 from lmfuse.quantization.codes import quantize_weight
 
 E, N, K = 5, 36, 40
-ACTS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+SLOPE, LIMIT = 1.2, 1.5
+
+
+def clamped(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+    return gate * (SLOPE * gate).sigmoid() * (up + 1)
+
+
+ACTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "gelu": lambda gate, up: F.gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "clamped_swiglu": clamped,
 }
 
 
@@ -33,16 +44,25 @@ def sample(dtype: torch.dtype, tokens: int = 7, chosen: int = 2) -> tuple[Tensor
 
 
 def expected(
-    x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    act: str,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """In float64, but for what the kernels round: the product of gate and up."""
     rows = []
+    above = torch.zeros(gate_up.shape[:2]) if gate_up_bias is None else gate_up_bias
+    below = torch.zeros(down.shape[:2]) if down_bias is None else down_bias
     for t in range(len(x)):
         row = torch.zeros(down.shape[1], dtype=torch.float64)
         for e, w in zip(index[t].tolist(), weights[t].double(), strict=True):
-            gate, up = (gate_up[e].double() @ x[t].double()).chunk(2)
-            hidden = (ACTS[act](gate) * up).to(x.dtype).double()
-            row += w * (down[e].double() @ hidden).to(x.dtype).double()
+            gate, up = (gate_up[e].double() @ x[t].double() + above[e].double()).chunk(2)
+            hidden = ACTS[act](gate, up).to(x.dtype).double()
+            row += w * (down[e].double() @ hidden + below[e].double()).to(x.dtype).double()
         rows.append(row)
     return torch.stack(rows)
 
@@ -52,15 +72,53 @@ def expected(
 def test_tokens_go_through_their_experts(isa: str, dtype: torch.dtype, act: str) -> None:
     x, index, weights, gate_up, down = sample(dtype)
     packed = functional.pack_experts(gate_up, 2), functional.pack_experts(down)
-    y = functional.experts(x, index, weights, *packed, act)
+    y = functional.experts(x, index, weights, *packed, act, slope=SLOPE, limit=LIMIT)
     assert y.dtype is dtype
     close = expected(x, index, weights, gate_up, down, act)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.01}[dtype]
     torch.testing.assert_close(y.double(), close, rtol=tolerance, atol=tolerance)
     for t in range(len(x)):  # a token's bits do not depend on the others
-        one = functional.experts(x[t : t + 1], index[t : t + 1], weights[t : t + 1], *packed, act)
+        given = (x[t : t + 1], index[t : t + 1], weights[t : t + 1])
+        one = functional.experts(*given, *packed, act, slope=SLOPE, limit=LIMIT)
         assert_same_bits(one[0], y[t])
     assert functional.experts(x[:0], index[:0], weights[:0], *packed).shape == (0, K)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "clamped_swiglu"])
+@pytest.mark.parametrize("kind", [None, "int8"])
+@torch.no_grad()
+def test_biases(isa: str, dtype: torch.dtype, kind: str | None, act: str) -> None:
+    x, index, weights, gate_up, down = sample(dtype)
+    biases = torch.randn(E, 2 * N).to(dtype), torch.randn(E, K)
+    how: dict[str, Any] = {"slope": SLOPE, "limit": LIMIT, "compute": "fp32"}
+    how |= dict(zip(("gate_up_bias", "down_bias"), biases, strict=True))
+    packed: list[Tensor]
+    if kind is None:
+        packed = [functional.pack_experts(gate_up, 2), functional.pack_experts(down)]
+    else:
+        packed = [quantized_rows(w, p, kind, -1) for w, p in ((gate_up, 2), (down, 1))]
+        gate_up, down = values(packed[0], 2, N), values(packed[1], 1, K)
+        how["inner_features"] = N
+    y = functional.experts(x, index, weights, *packed, act, **how)
+    close = expected(x, index, weights, gate_up, down, act, *biases)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.01}[dtype]
+    torch.testing.assert_close(y.double(), close, rtol=tolerance, atol=tolerance)
+    one = functional.experts(x[3:4], index[3:4], weights[3:4], *packed, act, **how)
+    assert_same_bits(one[0], y[3])
+
+
+@torch.no_grad()
+def test_what_is_clamped_may_be_infinite(isa: str) -> None:
+    """Infinities are clamped, NaN stays."""
+    x, index, weights = torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
+    x *= torch.tensor([[torch.inf], [-torch.inf], [torch.nan]])
+    packed = (
+        functional.pack_experts(torch.ones(1, 2, 1), 2),
+        functional.pack_experts(torch.ones(1, 1, 1)),
+    )
+    y = functional.experts(x, index, weights, *packed, "clamped_swiglu", slope=SLOPE, limit=LIMIT)
+    assert torch.equal(y.isnan().flatten(), torch.tensor([False, True, True]))
+    torch.testing.assert_close(y[0], clamped(x[0], x[0]))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 70])
@@ -95,6 +153,7 @@ def test_quantized_experts(
     x, index, weights, gate_up, down = sample(dtype)
     quantized = [quantized_rows(gate_up, 2, kind, group), quantized_rows(down, 1, kind, group)]
     how: dict[str, Any] = {"compute": compute, "inner_features": N}
+    how |= {"slope": SLOPE, "limit": LIMIT}
 
     def run(x: Tensor, index: Tensor, weights: Tensor, act: str = "silu") -> Tensor:
         return functional.experts(x, index, weights, *quantized, act, **how)
@@ -152,6 +211,13 @@ def test_packed_experts_are_a_parameter_like_any_other(dtype: torch.dtype) -> No
         again = torch.load(file, weights_only=False)  # our own file
         assert again.parts == parts
         assert_same_bits(again.unpack(), plain)
+        turned = plain.reshape(E, parts, -1, plain.shape[2]).permute(0, 3, 2, 1).flatten(2)
+        other = functional.pack_experts(turned, parts, transposed=True)
+        assert other.shape == turned.shape
+        assert_same_bits(other.packed, packed.packed)
+        assert_same_bits(other.unpack(), turned)
+        assert_same_bits(copy.deepcopy(other).mul_(2).unpack(), turned * 2)
+        assert_same_bits(pickle.loads(pickle.dumps(other)).packed, packed.packed)
 
 
 @torch.no_grad()
@@ -187,6 +253,15 @@ def test_what_cannot_be_is_refused_in_words() -> None:
         functional.experts(x, index, weights, g, functional.pack_experts(down[:4]))
     with pytest.raises(ValueError, match="index has shape"):
         functional.experts(x, index[:3], weights, g, d)
+    with pytest.raises(ValueError, match=r"must be \[experts, k, 3 n\]"):
+        functional.pack_experts(gate_up, 3, transposed=True)
+    for wide in (torch.ones(E, N), torch.ones(2 * N * E), torch.ones(E - 1, 2 * N)):
+        with pytest.raises(ValueError, match="gate_up"):
+            functional.experts(x, index, weights, g, d, gate_up_bias=wide)
+    with pytest.raises(ValueError, match=r"down_bias has shape .* \[experts, 40\]"):
+        functional.experts(x, index, weights, g, d, down_bias=torch.ones(E, 2 * N))
+    with pytest.raises(ValueError, match="limit is -1"):
+        functional.experts(x, index, weights, g, d, "clamped_swiglu", limit=-1)
     with pytest.raises(ValueError, match="act is 'relu'"):
         functional.experts(x, index, weights, g, d, "relu")
     for wrong in (-1, 5):

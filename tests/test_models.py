@@ -93,6 +93,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, str], set[str]]] = {
         {HALF},
     ),
 }
+FAMILIES["qwen2_moe"] = (
+    "qwen2_moe",
+    {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    (2, RMS),
+    {SILU, HALF},
+)
+FAMILIES["gpt_oss"] = (
+    "gpt_oss",
+    {**HEAD, **MIXED, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None},
+    (2, RMS),
+    {"rope (half, single table)"},
+)
 EXTRA_NORMS = {"bloom": 2}  # besides the last one
 
 

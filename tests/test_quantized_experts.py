@@ -22,7 +22,7 @@ from test_models import make
 from test_quantization import logits
 
 Auto = transformers.AutoModelForCausalLM
-NAMES = ["mixtral", "qwen3_moe"]
+NAMES = ["mixtral", "qwen3_moe", "gpt_oss"]
 CONFIGS = {
     "int8": WeightOnlyConfig(),
     "int4": WeightOnlyConfig(bits=4, group_size=32, compute="bf16"),
@@ -32,6 +32,13 @@ CONFIGS = {
 
 def experts(model: nn.Module) -> dict[str, QuantizedExperts]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedExperts)}
+
+
+def turned(weight: Tensor, parts: int) -> Tensor:
+    """[experts, parts n, k] as gpt-oss has it: [experts, k, n parts]."""
+    count, rows, columns = weight.shape
+    each = weight.view(count, parts, rows // parts, columns)
+    return each.permute(0, 3, 2, 1).reshape(count, columns, rows)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,7 +57,10 @@ def test_they_compute_what_their_weights_stand_for(
         if isinstance(module, QuantizedLinear):
             stock.weight.data = module.dequantize()
         elif isinstance(module, QuantizedExperts):
-            stock.gate_up_proj.data, stock.down_proj.data = module.dequantize()
+            values = module.dequantize()
+            if name == "gpt_oss":
+                values = turned(values[0], 2), turned(values[1], 1)
+            stock.gate_up_proj.data, stock.down_proj.data = values
             assert stock.gate_up_proj.shape == model.get_submodule(at).gate_up_proj.shape
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     torch.testing.assert_close(logits(got), logits(plain), rtol=1e-4, atol=1e-4)
@@ -82,7 +92,7 @@ def test_round_trips(name: str, config: WeightOnlyConfig, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_optimized_before_or_after(name: str) -> None:
-    model, config = make(name), CONFIGS["int4"]
+    model, config = make(name), WeightOnlyConfig(bits=4, group_size=32, compute="fp32")
     got = lmfuse.quantize(model, config)
     ids = torch.randint(64, (2, 9))
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -101,16 +111,20 @@ def test_optimized_before_or_after(name: str) -> None:
     assert torch.equal(logits(restored), logits(got))
 
 
-def test_state_dicts_copies_and_files() -> None:
-    got = lmfuse.quantize(make("mixtral"))
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_state_dicts_copies_and_files(name: str) -> None:
+    got = lmfuse.quantize(make(name))
     for other in (copy.deepcopy(got), _saved(got)):
         assert torch.equal(logits(other), logits(got))
-    other = lmfuse.quantize(make("mixtral"))
+    other = lmfuse.quantize(make(name))
     with torch.no_grad():
-        next(iter(experts(other).values())).down.zero_()
+        one = next(iter(experts(other).values()))
+        one.down.zero_()
+        for bias in one.parameters():
+            bias.zero_()
     other.load_state_dict(got.state_dict())
     assert torch.equal(logits(other), logits(got))
-    assert "silu" in repr(next(iter(experts(got).values())))
+    assert f"act={'silu' if name == 'mixtral' else 'clamped_swiglu'}" in repr(one)
 
 
 def _saved(model: nn.Module) -> Any:
@@ -152,8 +166,9 @@ def test_compute_is_chosen_for_experts_as_for_layers(monkeypatch: pytest.MonkeyP
         assert "more than 0.0%" in said[name]
 
 
-def test_quality_knows_experts() -> None:
-    model = make("qwen3_moe")
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_quality_knows_experts(name: str) -> None:
+    model = make(name)
     got = lmfuse.quantize(model, CONFIGS["int4"])
     row = torch.randint(64, (40,))
     found = {error.name: error for error in quality.layer_errors(model, got, row)}

@@ -19,7 +19,8 @@ from test_models import batch, make
 
 # Families whose forward is embedding, angles, layers, norm and head, and little in between.
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "olmo2", "gpt_neox")
-PLAIN += ("granite", "cohere", "gemma2", "gemma3", "falcon")
+PLAIN += ("granite", "cohere", "gemma2", "gemma3", "falcon", "falcon new", "olmo")
+PLAIN += ("gptj", "codegen", "qwen2_moe", "gpt_oss")
 # Numbers that are not 1.
 CHANGED = {
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 0.3},
@@ -80,7 +81,7 @@ def test_steps(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_more_than_its_parts_has_no_form() -> None:
-    for family in ("opt", "gptj"):
+    for family in ("opt", "gpt2"):
         model = lmfuse.optimize(make(family))
         assert type(model).fused_step is None, family
         assert generate(model).shape == (3, 18)

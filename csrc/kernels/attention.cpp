@@ -188,8 +188,9 @@ class Attend {
   int64_t value_bytes() const { return a_.value_dim * kv_bytes(a_.value.type); }
 
   void load_query(const RowInfo& row, Input* to) {
+    const int64_t head = first_head_ + row.head;
     const int64_t at = a_.sequences[row.seq].query + row.query * a_.q_stride_s +
-                       (first_head_ + row.head) * a_.q_stride_h;
+                       head / a_.q_group * a_.q_stride_group + head % a_.q_group * a_.q_stride_h;
     with_type(a_.dtype, [&](auto t) {
       const auto* from = static_cast<const decltype(t)*>(a_.query) + at;
       const auto widen = [&](auto* row) {

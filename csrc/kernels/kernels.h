@@ -72,14 +72,16 @@ struct MixArgs {
   int64_t count, n;
 };
 
-enum class Activation : int8_t { silu, gelu_erf, gelu_tanh };
+enum class Activation : int8_t { silu, gelu_erf, gelu_tanh, clamped_swiglu };
 
-// y = activation(gate) * up, row by row.
+// y = activation(gate) * up, row by row. clamped_swiglu: g sigmoid(slope g) (u + 1), where g and u
+// are gate and up, at most limit, and u at least -limit.
 struct GatedArgs {
   Matrix gate, up, y;
   int64_t n;
   Activation activation;
   bool stream;
+  float slope, limit;
 };
 
 // Rotation of heads x[b, s, h, :] by the angles of table row
@@ -350,11 +352,13 @@ struct AttentionMask {
   int64_t stride_seq, stride_head, stride_query, step;
 };
 
+// Head h of a query is h / q_group groups and h % q_group heads from its first.
 struct AttentionArgs {
   const void* query;
   void* out;
   DType dtype;  // of both
-  int64_t q_stride_s, q_stride_h, out_stride_s, out_stride_h;
+  int64_t q_stride_s, q_stride_group, q_stride_h, out_stride_s, out_stride_h;
+  int64_t q_group;
   KvSource key, value;
   int64_t block;
   bool absolute;

@@ -105,7 +105,7 @@ void set_query(AttentionArgs& a, const Tensor& query, const Tensor& out, int64_t
   a.q_stride_h = query.stride(dim - 2);
   a.out_stride_s = out.stride(dim - 3);
   a.out_stride_h = out.stride(dim - 2);
-  a.heads = query.size(dim - 2);
+  a.heads = a.q_group = query.size(dim - 2);
   a.dim = query.size(dim - 1);
   a.value_dim = out.size(dim - 1);
 }

@@ -1,5 +1,6 @@
 // A stack of decoder layers over packed weights and caches, in one call: from the hidden states
 // before the first layer to those after the last, or from tokens to logits.
+#include <set>
 #include <tuple>
 
 #include "buffers.h"
@@ -9,13 +10,24 @@
 namespace lmfuse {
 namespace {
 
-// Rows of k for the products that follow; joint: all workers write them together.
-DecoderStage stage(Buffers& b, const DecoderCall& c, int64_t k, bool joint, int64_t threads) {
-  const int64_t copies = c.alone() && !joint ? threads : 1, stride = row_stride(k, c.rows());
+// Rows of k, or of each of these, for the products that follow; joint: all workers write them
+// together.
+DecoderStage stage(Buffers& b, const DecoderCall& c, const std::set<int64_t>& ks, bool joint,
+                   int64_t threads) {
+  const int64_t copies = c.alone() && !joint ? threads : 1;
+  const int64_t stride = row_stride(*ks.rbegin(), c.rows());
   const int64_t size = c.rows() * stride * c.element();
   DecoderStage s{b.take(copies * size), stride, copies > 1 ? size : 0};
-  if (s.data) pad_rows(rows_matrix(s.data, c.type, copies * c.rows(), stride), k);
+  for (const int64_t k : ks)
+    if (s.data) pad_rows(rows_matrix(s.data, c.type, copies * c.rows(), stride), k);
   return s;
+}
+
+// The first layer with a mixture of experts, or null.
+const DecoderLayer* mixture(const DecoderCall& c) {
+  for (const DecoderLayer& l : c.layers)
+    if (l.mixes()) return &l;
+  return nullptr;
 }
 
 // What the products of all layers need: bytes of a form of their rows, and of scratch.
@@ -31,24 +43,31 @@ void size_rows(DecoderCall& c) {
   if (c.ends) size(c.ends->head, false);
 }
 
-// The mixtures of layers, one after the other, in the same place.
-void size_experts(DecoderCall& c, ExpertsCall& e) {
-  const DecoderLayer& l = c.layers[0];
+// The mixtures of layers like l, one after the other, in the same place.
+void size_experts(DecoderCall& c, const DecoderLayer& l, ExpertsCall& e) {
   e.tokens = c.rows();
   e.chosen = l.chosen;
-  e.n = l.inner();
+  e.n = l.expert_inner;
   e.k = c.hidden;
   e.type = c.type;
   e.weights.resize(e.rows());
-  for (const DecoderLayer& layer : c.layers) e.size(layer.experts, e.tokens);
+  for (const DecoderLayer& layer : c.layers)
+    if (layer.mixes()) e.size(layer.experts, e.tokens);
   c.experts = &e;
 }
 
 void carve(Buffers& b, DecoderCall& c, int64_t threads) {
   const DecoderLayer& l = c.layers[0];
-  c.normed = stage(b, c, c.hidden, false, threads);
-  c.attended = stage(b, c, l.attended(), true, threads);
-  c.inner = stage(b, c, l.inner(), true, threads);
+  int64_t wide_gate_up = 0, routed = 0;
+  std::set<int64_t> inners{0};
+  for (const DecoderLayer& layer : c.layers) {
+    inners.insert(layer.inner());
+    if (layer.gated) wide_gate_up = std::max(wide_gate_up, 2 * layer.inner());
+    if (layer.mixes()) routed = std::max(routed, layer.router.n + layer.shared_gate.n);
+  }
+  c.normed = stage(b, c, {c.hidden}, false, threads);
+  c.attended = stage(b, c, {l.attended()}, true, threads);
+  c.inner = stage(b, c, inners, true, threads);
   const int64_t forms = DecoderProducts::kMost * c.ready_each;
   c.ready = b.take((c.alone() ? threads : 1) * forms);
   c.ready_step = c.alone() ? forms : 0;
@@ -65,13 +84,12 @@ void carve(Buffers& b, DecoderCall& c, int64_t threads) {
     if (c.ends->embedding.quantized)
       c.embedded = reinterpret_cast<float*>(b.take(c.rows() * c.hidden * 4));
   }
-  if (l.mixes()) {
-    c.routed = wide(l.router.n);
+  c.gate_up = wide(wide_gate_up);
+  if (c.experts) {
+    c.routed = wide(routed);
     c.index = reinterpret_cast<int64_t*>(b.take(c.experts->rows() * 8));
     c.experts->carve(b, threads);
     c.experts->y = c.branch;
-  } else if (l.gated) {
-    c.gate_up = wide(2 * l.inner());
   }
   c.scratch = b.take(threads * c.scratch_step);
   int64_t entries = 0;
@@ -91,12 +109,12 @@ void carve(Buffers& b, DecoderCall& c, int64_t threads) {
 
 // How many threads are worth waking: each has at least 256k products.
 int64_t team_size(const DecoderCall& c) {
-  const DecoderLayer& l = c.layers[0];
-  const int64_t inner = (l.mixes() ? l.chosen : 1) * l.inner();
-  const int64_t weights = c.hidden * (l.columns + 3 * inner) + l.attended() * c.hidden;
-  const int64_t layers = weights * static_cast<int64_t>(c.layers.size());
-  const int64_t head = c.ends ? c.ends->head.n * c.hidden : 0;
-  const int64_t most = (layers + head) * c.rows() >> 18;
+  int64_t weights = c.ends ? c.ends->head.n * c.hidden : 0;
+  for (const DecoderLayer& l : c.layers) {
+    const int64_t inner = l.chosen * l.expert_inner + l.inner();
+    weights += c.hidden * (l.columns + 3 * inner) + l.attended() * c.hidden;
+  }
+  const int64_t most = weights * c.rows() >> 18;
   return std::min(thread_count(), std::max<int64_t>(most, 1));
 }
 
@@ -142,7 +160,7 @@ void run(DecoderCall& c, const F& before) {
   const int64_t threads = team_size(c);
   size_rows(c);
   ExpertsCall experts{};
-  if (c.layers[0].mixes()) size_experts(c, experts);
+  if (const DecoderLayer* l = mixture(c)) size_experts(c, *l, experts);
   const Buffers buffers([&](Buffers& b) { carve(b, c, threads); });
   before();
   together(threads, [&](Worker& w) { DecoderWorker(c, w).run(); });

@@ -125,7 +125,9 @@ inline void plan_attention(const DecoderCall& c, const DecoderLayer& l, const De
   a.block = kind.first_slot < 0 ? 1 : int64_t{1} << 40;
   const int64_t in = row_stride(l.columns, c.rows()), out = row_stride(l.attended(), c.rows());
   a.q_stride_s = in;
-  a.q_stride_h = l.head_stride;
+  a.q_group = l.heads / l.groups;
+  a.q_stride_group = l.group_stride;
+  a.q_stride_h = l.head_dim;
   a.out_stride_s = out;
   a.out_stride_h = l.head_dim;
   for (int64_t b = 0; b < c.batch; ++b) {
@@ -144,7 +146,6 @@ inline void plan_attention(const DecoderCall& c, const DecoderLayer& l, const De
   kind.cache.from_type = c.type;
   kind.cache.slots = t.slots.data();
   kind.cache.block = 1;
-  kind.cache.heads = l.kv_heads;
 }
 
 // The kinds of a call, and what they point to.
@@ -206,7 +207,8 @@ class Kinds {
     Tensor all = new_tensor(sizes, 2, ScalarType::Long);
     auto* at = static_cast<int64_t*>(all.mutable_data_ptr());
     for (int64_t p : first)
-      for (int64_t t = 0; t < c_.tokens; ++t) *at++ = static_cast<int64_t>(static_cast<uint64_t>(p) + t);
+      for (int64_t t = 0; t < c_.tokens; ++t)
+        *at++ = static_cast<int64_t>(static_cast<uint64_t>(p) + t);
     return all;
   }
 

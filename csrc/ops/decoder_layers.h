@@ -1,7 +1,7 @@
 // What a stack of decoder layers is made of, read from the tensors that describe it: each layer is
-// a row of integers and a row of numbers, in the order of functional/decoder.py, and its parameters
-// are named by their place in a list. Nothing is believed: every size is checked against the
-// others.
+// a row of integers and a row of numbers, in the order of functional/decoder_layer.py, and its
+// parameters are named by their place in a list. Nothing is believed: every size is checked against
+// the others.
 #pragma once
 
 #include <memory>
@@ -24,38 +24,42 @@ struct DecoderNorm {
 struct DecoderLayer {
   DecoderNorm attention_input, query_norm, key_norm, attention_output, mlp_input, mlp_output;
   DecoderLinear query, key, value, output, gate, up, down;
-  // In place of gate, up and down: a mixture of experts, of which the router chooses some.
-  DecoderLinear router;
+  // A mixture of experts, of which the router chooses some. Gate, up and down are then those of an
+  // expert that all tokens share, if there is one: times the sigmoid of shared_gate.
+  DecoderLinear router, shared_gate;
   Mixture experts;
   int64_t chosen, expert_inner;
   bool normalized;  // the weights of those add up to 1
   int64_t heads, kv_heads, head_dim;
-  // In a row of the projections: where keys and values begin, and from head to head.
-  int64_t key_column, value_column, head_stride, columns;
+  // In a row of the projections: from group to group of heads, and where in a group its keys and
+  // its values begin. Its queries come first.
+  int64_t groups, group_stride, key_column, value_column, columns;
   int64_t rotary_dim;
   bool rotary_half, parallel, gated;
   PostOp activation;
   int64_t window;      // how far a query sees to the left
   int64_t kind;        // those of one kind see the same positions
   const float* alibi;  // slopes of the heads, or null
+  const float* sinks;  // logits of the heads that no key answers, or null
   float scale, softcap, residual_scale;
 
   int64_t hidden() const { return query.k; }
   int64_t attended() const { return heads * head_dim; }
   bool mixes() const { return router.n; }
-  int64_t inner() const { return mixes() ? expert_inner : down.k; }
+  int64_t inner() const { return down.k; }
   bool joined() const { return up.n && activation == PostOp::silu && gate.joins(up); }
   // Those that there are.
   template <class F>
   void each_linear(const F& f) const {
-    for (const DecoderLinear* l : {&query, &key, &value, &output, &gate, &up, &down, &router})
+    for (const DecoderLinear* l :
+         {&query, &key, &value, &output, &gate, &up, &down, &router, &shared_gate})
       if (l->n) f(*l);
   }
 };
 
 // As they follow each other, with the width of a row of layout and numbers.
 struct DecoderLayers : std::vector<DecoderLayer> {
-  static constexpr int64_t kIntegers = 6 * 3 + 8 * 3 + 18, kNumbers = 6 * 2 + 3;
+  static constexpr int64_t kIntegers = 6 * 3 + 9 * 3 + 23, kNumbers = 6 * 2 + 5;
 };
 
 // What is around them: x = scale * embedding[ids], and logits = norm(y) W^T + bias. The embedding
@@ -82,6 +86,8 @@ class DecoderReader {
       read(l);
       if (l.kind == static_cast<int64_t>(firsts_.size())) firsts_.push_back(&l);
       alike(all[0], l);
+      if (l.mixes() && !mixture_) mixture_ = &l;
+      if (l.mixes()) alike_mixtures(*mixture_, l);
       LMFUSE_CHECK_VALUE(l.window == firsts_[l.kind]->window,
                          "the layers of one kind must have the same window");
     }
@@ -135,10 +141,10 @@ class DecoderReader {
     return {t->const_data_ptr(), dtype(*t, name)};
   }
 
-  const float* slopes(int64_t heads) {
+  const float* of_heads(int64_t heads, const char* name) {
     int64_t size = heads;
-    const Vector found = vector("alibi", size);
-    LMFUSE_CHECK_VALUE(!found.data || found.dtype == DType::f32, "alibi must be float32");
+    const Vector found = vector(name, size);
+    LMFUSE_CHECK_VALUE(!found.data || found.dtype == DType::f32, name, " must be float32");
     return static_cast<const float*>(found.data);
   }
 
@@ -149,7 +155,6 @@ class DecoderReader {
     n.bias = vector(name, n.size);
     LMFUSE_CHECK_VALUE(!n.bias.data || (n.weight.data && n.bias.dtype == n.weight.dtype), name,
                        " has a bias that is not of the dtype of its weight");
-    LMFUSE_CHECK_VALUE(n.kind == DecoderNorm::none || n.weight.data, name, " has no weight");
     n.eps = number();
     n.offset = number();
     return n;
@@ -185,7 +190,7 @@ class DecoderReader {
     return l;
   }
 
-  // In place of an MLP; what router says is how many experts there are.
+  // What router says is how many experts there are.
   void mixture(DecoderLayer& l) {
     constexpr int64_t kMost = int64_t{1} << 31;
     const Tensor* gate_up = parameter("gate_up of the experts");
@@ -193,13 +198,19 @@ class DecoderReader {
     const int64_t how = integer(-1, 5, "the compute of experts");
     l.expert_inner = integer(0, kMost, "the inner features of experts");
     l.chosen = integer(0, std::max<int64_t>(l.router.n, 0), "chosen");
+    l.experts.act = static_cast<Activation>(integer(0, 3, "the activation of experts"));
+    const Tensor* gate_up_bias = parameter("gate_up_bias of the experts");
+    const Tensor* down_bias = parameter("down_bias of the experts");
+    l.experts.slope = number();
+    l.experts.limit = number();
     LMFUSE_CHECK_VALUE((gate_up != nullptr) == l.mixes() && (down != nullptr) == l.mixes() &&
                            (l.chosen > 0) == l.mixes(),
                        "a mixture has a router, experts and chosen ones, or nothing of these");
     if (!l.mixes()) return;
     const int64_t count = l.router.n, hidden = l.router.k, inner = l.expert_inner;
-    l.experts.gate_up = {*gate_up, 2 * count, inner, hidden, how, "gate_up of the experts"};
-    l.experts.down = {*down, count, hidden, inner, how, "down of the experts"};
+    l.experts.gate_up = {
+        *gate_up, gate_up_bias, 2 * count, inner, hidden, how, "gate_up of the experts"};
+    l.experts.down = {*down, down_bias, count, hidden, inner, how, "down of the experts"};
     LMFUSE_CHECK_VALUE(l.experts.gate_up.type == l.experts.down.type,
                        "the experts must be of one dtype");
   }
@@ -209,7 +220,7 @@ class DecoderReader {
                        " by ", k);
   }
   void fits(const DecoderNorm& n, int64_t size, const char* name) {
-    LMFUSE_CHECK_VALUE(n.kind == DecoderNorm::none || n.size == size, name, " has ", n.size,
+    LMFUSE_CHECK_VALUE(n.size == 0 || n.size == size, name, " has ", n.size,
                        " elements, but must have ", size);
   }
 
@@ -229,13 +240,15 @@ class DecoderReader {
     l.up = linear("up");
     l.down = linear("down");
     l.router = linear("router");
+    l.shared_gate = linear("shared_gate");
     mixture(l);
     l.heads = integer(1, kMost, "heads");
     l.kv_heads = integer(1, l.heads, "kv_heads");
     l.head_dim = integer(1, kMost, "head_dim");
+    l.groups = integer(1, l.kv_heads, "groups");
+    l.group_stride = integer(1, kMost, "group_stride");
     l.key_column = integer(0, kMost, "key_column");
     l.value_column = integer(0, kMost, "value_column");
-    l.head_stride = integer(l.head_dim, kMost, "head_stride");
     l.rotary_dim = integer(0, l.head_dim, "rotary_dim");
     l.rotary_half = integer(0, 1, "rotary_half");
     const int64_t window = integer(-1, int64_t{1} << 62, "window");
@@ -246,7 +259,8 @@ class DecoderReader {
     l.normalized = flags & 4;
     l.activation = static_cast<PostOp>(integer(0, 4, "activation"));
     l.kind = integer(0, static_cast<int64_t>(firsts_.size()), "kind");  // in order of appearance
-    l.alibi = slopes(l.heads);
+    l.alibi = of_heads(l.heads, "alibi");
+    l.sinks = of_heads(l.heads, "sinks");
     l.scale = number();
     l.softcap = number();
     l.residual_scale = number();
@@ -256,14 +270,19 @@ class DecoderReader {
   void check(DecoderLayer& l) {
     LMFUSE_CHECK_VALUE(l.heads % l.kv_heads == 0, "there are ", l.heads, " heads, which ",
                        l.kv_heads, " KV heads do not divide");
+    LMFUSE_CHECK_VALUE(l.kv_heads % l.groups == 0, "there are ", l.kv_heads, " KV heads, which ",
+                       l.groups, " groups do not divide");
     LMFUSE_CHECK_VALUE(l.rotary_dim % 2 == 0, "rotary_dim is ", l.rotary_dim, ", but must be even");
-    LMFUSE_CHECK_VALUE(l.query.n && l.output.n && (l.mixes() || (l.gate.n && l.down.n)),
-                       "query, output, and gate and down or a router must be given");
+    LMFUSE_CHECK_VALUE(
+        l.query.n && l.output.n && (l.mixes() || l.down.n) && (l.gate.n > 0) == (l.down.n > 0),
+        "query, output, and gate and down or a router must be given");
     const int64_t hidden = l.hidden();
     l.columns = l.query.n + l.key.n + l.value.n;
-    const int64_t span = (l.kv_heads - 1) * l.head_stride + l.head_dim;
-    LMFUSE_CHECK_VALUE((l.heads - 1) * l.head_stride + l.head_dim <= l.columns &&
-                           l.key_column + span <= l.columns && l.value_column + span <= l.columns,
+    const int64_t span = l.kv_heads / l.groups * l.head_dim;
+    const int64_t last = (l.groups - 1) * l.group_stride;
+    LMFUSE_CHECK_VALUE(last + l.heads / l.groups * l.head_dim <= l.columns &&
+                           last + l.key_column + span <= l.columns &&
+                           last + l.value_column + span <= l.columns,
                        "the projections give ", l.columns, " columns, which do not hold ", l.heads,
                        " queries and ", l.kv_heads, " keys and values of ", l.head_dim);
     for (const DecoderLinear* p : {&l.query, &l.key, &l.value})
@@ -271,16 +290,13 @@ class DecoderReader {
     fits(l.output, hidden, l.attended(), "output");
     if (l.mixes()) {
       fits(l.router, l.router.n, hidden, "router");
-      LMFUSE_CHECK_VALUE(!l.gate.n && !l.up.n && !l.down.n && !l.router.bias.data && !l.parallel,
-                         "a layer with a mixture has no other MLP, is not parallel, and its router "
-                         "has no bias");
-      l.experts.act = l.activation == PostOp::gelu_erf    ? Activation::gelu_erf
-                      : l.activation == PostOp::gelu_tanh ? Activation::gelu_tanh
-                                                          : Activation::silu;
-    } else {
-      mlp(l, hidden);
+      LMFUSE_CHECK_VALUE(!l.parallel, "a layer with a mixture is not parallel");
     }
-    LMFUSE_CHECK_VALUE(!l.gated || l.activation == PostOp::silu ||
+    if (l.down.n) mlp(l, hidden);
+    LMFUSE_CHECK_VALUE(!l.shared_gate.n || (l.mixes() && l.down.n),
+                       "shared_gate is given, but no expert that is shared");
+    if (l.shared_gate.n) fits(l.shared_gate, 1, hidden, "shared_gate");
+    LMFUSE_CHECK_VALUE(!l.gated || !l.down.n || l.activation == PostOp::silu ||
                            l.activation == PostOp::gelu_erf || l.activation == PostOp::gelu_tanh,
                        "the activation of a gated MLP must be silu or gelu");
     LMFUSE_CHECK_VALUE(l.gated || !l.mixes(), "the experts of a mixture are gated");
@@ -295,7 +311,7 @@ class DecoderReader {
     LMFUSE_CHECK_VALUE(l.gated || !l.up.n, "up is given, but the MLP is not gated");
   }
 
-  void norms(const DecoderLayer& l, int64_t hidden) {
+  void norms(DecoderLayer& l, int64_t hidden) {
     for (const DecoderNorm* n :
          {&l.attention_input, &l.attention_output, &l.mlp_input, &l.mlp_output})
       fits(*n, hidden, "a norm");
@@ -308,27 +324,33 @@ class DecoderReader {
   }
 
   // Norms of heads, or of all heads of a token at once.
-  void fits_heads(const DecoderNorm& n, const DecoderLayer& l, int64_t heads) {
+  void fits_heads(DecoderNorm& n, const DecoderLayer& l, int64_t heads) {
+    if (n.size == 0) n.size = l.head_dim;
     if (n.kind == DecoderNorm::none || n.size == l.head_dim) return;
-    LMFUSE_CHECK_VALUE(l.head_stride == l.head_dim && n.size == heads * l.head_dim,
+    LMFUSE_CHECK_VALUE(l.groups == 1 && n.size == heads * l.head_dim,
                        "the norm of queries or keys has ", n.size, " elements, but must have ",
                        l.head_dim, " or ", heads * l.head_dim);
   }
 
-  // Equal in all that the activations and, but for the window, the plan of attention depend on.
+  // Equal in all that the plan of attention, but for the window, and its activations depend on.
   static void alike(const DecoderLayer& a, const DecoderLayer& b) {
     LMFUSE_CHECK_VALUE(a.hidden() == b.hidden() && a.heads == b.heads && a.kv_heads == b.kv_heads &&
-                           a.head_dim == b.head_dim && a.head_stride == b.head_stride &&
-                           a.columns == b.columns && a.inner() == b.inner() && a.gated == b.gated &&
-                           a.parallel == b.parallel && a.router.n == b.router.n &&
-                           a.chosen == b.chosen,
+                           a.head_dim == b.head_dim && a.groups == b.groups &&
+                           a.group_stride == b.group_stride && a.columns == b.columns &&
+                           a.parallel == b.parallel,
                        "the layers of one call must have the same sizes and form");
+  }
+  static void alike_mixtures(const DecoderLayer& a, const DecoderLayer& b) {
+    LMFUSE_CHECK_VALUE(
+        a.router.n == b.router.n && a.chosen == b.chosen && a.expert_inner == b.expert_inner,
+        "the mixtures of one call must have the same sizes");
   }
 
   const std::vector<Tensor>& parameters_;
   const int64_t* integer_;
   const double* number_;
   std::vector<const DecoderLayer*> firsts_;  // of each kind
+  const DecoderLayer* mixture_ = nullptr;    // the first
 };
 
 // Layers or ends, read once and kept, so that a step of a few milliseconds does not begin with

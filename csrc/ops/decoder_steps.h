@@ -105,11 +105,7 @@ class DecoderWorker {
     if (l.mixes()) return mixture(l, y);
     const Matrix& from = l.parallel ? x : c_.middle;
     if (l.joined()) {
-      DecoderProducts gate = normalize(l.mlp_input, from, {&l.gate}, true);
-      gate.at[0].post = PostOp::gate_up;
-      gate.at[0].weight2 = l.up.panels;
-      gate.at[0].bias2 = l.up.bias;
-      multiply(gate, matrix(c_.inner));
+      gate_up(l, normalize(l.mlp_input, from, {&l.gate}, true));
     } else {
       activate(l, normalize(l.mlp_input, from, {&l.gate, &l.up}));
     }
@@ -124,20 +120,61 @@ class DecoderWorker {
     }
   }
 
+  // Into inner.
+  void gate_up(const DecoderLayer& l, DecoderProducts gate) {
+    gate.at[0].post = PostOp::gate_up;
+    gate.at[0].weight2 = l.up.panels;
+    gate.at[0].bias2 = l.up.bias;
+    multiply(gate, matrix(c_.inner));
+  }
+
   // The same, with a mixture of experts for the MLP.
   void mixture(const DecoderLayer& l, const Matrix& y) {
-    multiply(normalize(l.mlp_input, c_.middle, {&l.router}), c_.routed);
+    multiply(normalize(l.mlp_input, c_.middle, {&l.router, &l.shared_gate}), c_.routed);
     const bool plain = l.mlp_input.kind == DecoderNorm::none;
+    const Matrix x = plain ? c_.middle : matrix(c_.normed);
     const auto [begin, end] = w_.share(rows_);
     for (int64_t r = begin; r < end; ++r) route(l, r);
     w_.sync();
     if (w_.index == 0) c_.experts->choose(l.experts, c_.index);
-    w_.sync();
-    ExpertsWorker(*c_.experts, w_, plain ? c_.middle : matrix(c_.normed)).run();
+    if (l.down.n) {
+      shared_expert(l, x, !plain, y);
+    } else {
+      w_.sync();
+    }
+    ExpertsWorker(*c_.experts, w_, x).run();
+    for (int64_t r = begin; l.down.n && r < end; ++r)
+      k_.add_scaled({y, c_.branch, c_.branch, c_.hidden, shared_weight(l, r)}, r, r + 1);
     if (l.mlp_output.kind != DecoderNorm::none)
       k_.norm(norm_args(l.mlp_output, c_.branch, c_.branch, c_.hidden), begin, end);
     k_.add_scaled({c_.branch, c_.middle, y, c_.hidden, l.residual_scale}, begin, end);
     w_.sync();
+  }
+
+  // What the expert that all tokens share makes of x, not yet weighed.
+  void shared_expert(const DecoderLayer& l, const Matrix& x, bool padded, const Matrix& to) {
+    bool waits = false;
+    const auto products = l.joined() ? read(x, padded, {&l.gate}, true, waits)
+                                     : read(x, padded, {&l.gate, &l.up}, false, waits);
+    if (waits && !c_.alone()) w_.sync();
+    if (l.joined()) {
+      gate_up(l, products);
+    } else {
+      activate(l, products);
+    }
+    multiply(collect(c_.inner, {&l.down}), to);
+  }
+
+  // How much it counts for a row: the sigmoid of a logit.
+  float shared_weight(const DecoderLayer& l, int64_t r) const {
+    if (!l.shared_gate.n) return 1.0f;
+    float p[2];  // the softmax of 0 and the logit
+    alignas(8) char pair[8] = {};
+    const int64_t at = r * c_.routed.rows.stride[0] + l.router.n;
+    std::memcpy(pair + c_.element(), static_cast<const char*>(c_.routed.data) + at * c_.element(),
+                c_.element());
+    k_.softmax({{pair, c_.type, {}}, {p, DType::f32, {}}, 2}, 0, 1);
+    return p[1];
   }
 
   // The most probable experts of a row, and how much each counts.
@@ -275,10 +312,26 @@ class DecoderWorker {
       rotate(l, l.key_column, l.kv_heads, begin, end);
     }
     CacheArgs a = kind(l).cache;
-    a.key = side(l, l.key_column, cache.key);
-    a.value = side(l, l.value_column, cache.value);
     a.to_type = cache.key.type;
-    k_.cache_write(a, begin, end);
+    each_run(l, 0, l.kv_heads, [&](const HeadRun& run) {
+      a.key = side(l, run, l.key_column, cache.key);
+      a.value = side(l, run, l.value_column, cache.value);
+      a.heads = run.count;
+      k_.cache_write(a, begin, end);
+    });
+  }
+
+  // Heads [first, first + count) in a row of the projections, whose columns are `stride` apart.
+  struct HeadRun {
+    int64_t first, count, column, stride;
+  };
+  // Those of all groups, the first of them at column `at`: as few runs as there can be.
+  template <class F>
+  static void each_run(const DecoderLayer& l, int64_t at, int64_t count, const F& f) {
+    const int64_t each = count / l.groups;
+    if (each == 1) return f(HeadRun{0, count, at, l.group_stride});
+    for (int64_t g = 0; g < l.groups; ++g)
+      f(HeadRun{g * each, each, at + g * l.group_stride, l.head_dim});
   }
 
   void normalize_heads(const DecoderLayer& l, const DecoderNorm& n, int64_t at, int64_t count,
@@ -288,24 +341,37 @@ class DecoderWorker {
     x.data = column(at);
     if (n.size != l.head_dim) return k_.norm(norm_args(n, x, x, n.size), begin, end);
     x.rows.dims = 2;
-    x.rows.size[1] = count;
-    x.rows.stride[1] = l.head_stride;
-    k_.norm(norm_args(n, x, x, n.size), begin * count, end * count);
+    each_run(l, at, count, [&](const HeadRun& run) {
+      x.data = column(run.column);
+      x.rows.size[1] = run.count;
+      x.rows.stride[1] = run.stride;
+      k_.norm(norm_args(n, x, x, n.size), begin * run.count, end * run.count);
+    });
   }
 
   void rotate(const DecoderLayer& l, int64_t at, int64_t count, int64_t begin, int64_t end) {
     RopeArgs a = kind(l).rope;
     const int64_t stride = c_.projected.rows.stride[0];
-    a.x = a.y = {column(at), c_.tokens * stride, stride, l.head_stride};
-    a.heads = count;
     a.rotary_dim = l.rotary_dim;
     a.half = l.rotary_half;
-    k_.rope(a, begin, end);
+    each_run(l, at, count, [&](const HeadRun& run) {
+      a.x = a.y = {column(run.column), c_.tokens * stride, stride, run.stride};
+      a.heads = run.count;
+      k_.rope(a, begin, end);
+    });
   }
 
-  CacheArgs::Side side(const DecoderLayer& l, int64_t at, const KvSource& to) const {
-    return {column(at), c_.projected.rows.stride[0],  l.head_stride,   const_cast<void*>(to.data),
-            to.stride,  const_cast<float*>(to.scale), to.scale_stride, l.head_dim,
+  // Into the cache, the heads of this run whose first in the projections is at column `at`.
+  CacheArgs::Side side(const DecoderLayer& l, const HeadRun& run, int64_t at, KvSource to) const {
+    to = from(to, run.first * to.stride.head, run.first * to.scale_stride.head);
+    return {column(at + run.column),
+            c_.projected.rows.stride[0],
+            run.stride,
+            const_cast<void*>(to.data),
+            to.stride,
+            const_cast<float*>(to.scale),
+            to.scale_stride,
+            l.head_dim,
             1.0f};
   }
 
@@ -320,6 +386,7 @@ class DecoderWorker {
     a.scale = l.scale;
     a.softcap = l.softcap;
     a.alibi = l.alibi;
+    a.sinks = l.sinks;
     a.scratch = c_.attention_scratch + w_.index * c_.attention_scratch_step;
     k_.attention(a, kind.shares->begin(w_.index, w_.count),
                  kind.shares->begin(w_.index + 1, w_.count));
@@ -332,12 +399,13 @@ class DecoderWorker {
   }
 
   // From its slot `first` on; whole if that is negative.
-  static KvSource source(KvSource s, int64_t first) {
-    if (first < 0) return s;
+  static KvSource source(const KvSource& s, int64_t first) {
+    return first < 0 ? s : from(s, first * s.stride.token, first * s.scale_stride.token);
+  }
+  static KvSource from(KvSource s, int64_t elements, int64_t scales) {
     static constexpr int64_t kBytes[] = {4, 2, 2, 1, 1, 1};  // of KvType
-    const int64_t at = first * s.stride.token * kBytes[static_cast<int>(s.type)];
-    s.data = static_cast<const char*>(s.data) + at;
-    if (s.scale) s.scale += first * s.scale_stride.token;
+    s.data = static_cast<const char*>(s.data) + elements * kBytes[static_cast<int>(s.type)];
+    if (s.scale) s.scale += scales;
     return s;
   }
 

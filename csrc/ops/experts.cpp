@@ -7,8 +7,9 @@ namespace lmfuse {
 namespace {
 
 // See functional/experts.py.
-Tensor experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down, int64_t n,
-               int64_t k, int64_t how, int64_t act) {
+Tensor experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down,
+               std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias, int64_t n,
+               int64_t k, int64_t how, int64_t act, double slope, double limit) {
   LMFUSE_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) == k, "x must be a CPU tensor [tokens, ", k,
                "]");
   constexpr int64_t kMost = int64_t{1} << 31;
@@ -16,7 +17,7 @@ Tensor experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor do
                      ", but must have features, and at most 2^31");
   LMFUSE_CHECK(index.dim() == 2 && same_sizes(index, weights) && index.size(0) == x.size(0),
                "index and weights must be [tokens, chosen]");
-  LMFUSE_CHECK(act >= 0 && act <= static_cast<int64_t>(Activation::gelu_tanh),
+  LMFUSE_CHECK(act >= 0 && act <= static_cast<int64_t>(Activation::clamped_swiglu),
                "act is unknown: ", act);
   LMFUSE_CHECK(gate_up.dim() == down.dim() && down.dim() == (how < 0 ? 2 : 1),
                "gate_up and down must be packed weights [count, bytes], or quantized ones [bytes]");
@@ -24,9 +25,15 @@ Tensor experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor do
   if (how >= 0) count = open_quantized(down, "down").format.n / (panel_count(k) * kPanel);
   LMFUSE_CHECK_VALUE(how >= 0 || gate_up.size(0) == 2 * count, "gate_up has ", gate_up.size(0),
                      " matrices for ", count, " experts");
-  const Mixture mixture{{gate_up, 2 * count, n, k, how, "gate_up"},
-                        {down, count, k, n, how, "down"},
-                        static_cast<Activation>(act)};
+  const auto given = [](const std::optional<Tensor>& t) {
+    LMFUSE_CHECK(!t || t->dim() == 2, "a bias of experts must have two dimensions");
+    return t ? &*t : nullptr;
+  };
+  const Mixture mixture{{gate_up, given(gate_up_bias), 2 * count, n, k, how, "gate_up"},
+                        {down, given(down_bias), count, k, n, how, "down"},
+                        static_cast<Activation>(act),
+                        static_cast<float>(slope),
+                        static_cast<float>(limit)};
   ExpertsCall c{};
   c.type = dtype(x, "x");
   const DType held = mixture.down.type;
@@ -49,9 +56,9 @@ Tensor experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor do
   const auto* first = static_cast<const float*>(weights.const_data_ptr());
   c.weights.assign(first, first + c.rows());
   std::vector<int64_t> chosen(c.rows());
-  const Integers given(index, "index");
+  const Integers asked(index, "index");
   for (int64_t i = 0; i < c.rows(); ++i) {
-    chosen[i] = given[i];
+    chosen[i] = asked[i];
     LMFUSE_CHECK_VALUE(chosen[i] >= 0 && chosen[i] < count, "index has ", chosen[i],
                        ", but there are ", count, " experts");
   }
@@ -69,8 +76,9 @@ Tensor experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor do
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
   m.def(
-      "experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down, int n, int k,"
-      " int how, int act) -> Tensor");
+      "experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down,"
+      " Tensor? gate_up_bias, Tensor? down_bias, int n, int k, int how, int act, float slope,"
+      " float limit) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) { m.impl("experts", TORCH_BOX(&experts)); }

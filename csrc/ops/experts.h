@@ -10,9 +10,9 @@ class ExpertMatrices {
  public:
   ExpertMatrices() = default;
   // how: -1 if they are packed, each with a header of its own; else 2 * compute + block_scales for
-  // one quantized weight, in which each takes whole panels.
-  ExpertMatrices(const Tensor& t, int64_t count, int64_t n, int64_t k, int64_t how,
-                 const char* name)
+  // one quantized weight, in which each takes whole panels. bias: [count * n], or null.
+  ExpertMatrices(const Tensor& t, const Tensor* bias, int64_t count, int64_t n, int64_t k,
+                 int64_t how, const char* name)
       : count(count), n_(n), k_(k), name_(name) {
     LMFUSE_CHECK_VALUE(n > 0 && k > 0 && how >= -1 && how < 6, name, " has no features");
     LMFUSE_CHECK_VALUE(count > 0, name, " has no experts");
@@ -37,6 +37,12 @@ class ExpertMatrices {
       each_ = panel_count(n) * all.format.panel_bytes();
       data_ = all.panels;
     }
+    if (bias) {
+      LMFUSE_CHECK_VALUE(bias->is_cpu() && bias->is_contiguous() && bias->numel() == count * n,
+                         "the bias of ", name, " must be contiguous and have ", count * n,
+                         " elements, but has ", bias->numel());
+      like_.bias = {bias->const_data_ptr(), dtype(*bias, "a bias of experts")};
+    }
     for (int64_t i = 0; how < 0 && i < count; ++i) at(i);
   }
 
@@ -48,6 +54,9 @@ class ExpertMatrices {
     l.k = k_;
     l.panels = data_ + i * each_;
     l.weight.panels = l.panels;
+    if (l.bias.data)
+      l.bias.data =
+          static_cast<const char*>(l.bias.data) + i * n_ * (l.bias.dtype == DType::f32 ? 4 : 2);
     if (!l.quantized) {
       const Packed w = open(l.panels, each_, name_);
       LMFUSE_CHECK_VALUE(w.n == n_ && w.k == k_ && w.dtype == type, name_, " holds a weight ", w.n,
@@ -67,10 +76,11 @@ class ExpertMatrices {
   const char *data_ = nullptr, *name_ = nullptr;
 };
 
-// down(act(gate(x)) * up(x)) of each expert; in gate_up the two take turns.
+// down(act(gate(x), up(x))) of each expert; in gate_up the two take turns.
 struct Mixture {
   ExpertMatrices gate_up, down;
   Activation act;
+  float slope, limit;  // of clamped_swiglu
 
   // Gate and up as one product.
   bool joined() const { return act == Activation::silu && gate_up.at(0).joins(gate_up.at(1)); }

@@ -29,6 +29,7 @@ struct ExpertsCall {
   std::vector<int64_t> row;    // of each choice, token by token
   std::vector<float> weights;  // of each choice
   Activation act;
+  float slope, limit;
   bool joined;  // gate and up as one product
   bool alone;   // one token: each worker makes its row ready for itself, once for all experts
   // What `carve` finds room for.
@@ -85,6 +86,8 @@ struct ExpertsCall {
       return mine;
     };
     act = m.act;
+    slope = m.slope;
+    limit = m.limit;
     joined = m.joined();
     for (int64_t e = 0; e < m.down.count; ++e) {
       const int64_t count = first[e + 1];
@@ -265,6 +268,7 @@ class ExpertsWorker {
       DecoderProduct a = product(e, e.gate, mine, at(c_.inner, e.first));
       a.post = PostOp::gate_up;
       a.weight2 = e.up.panels;
+      a.bias2 = e.up.bias;
       return a.run(begin, end);
     }
     const int64_t half = row_blocks(e) * panel_count(c_.n);
@@ -275,7 +279,8 @@ class ExpertsWorker {
 
   void activate() {
     const auto [begin, end] = w_.share(c_.rows());
-    k_.gated({c_.gate_up, at(c_.gate_up, 0, c_.n), c_.inner, c_.n, c_.act, false}, begin, end);
+    const Matrix up = at(c_.gate_up, 0, c_.n);
+    k_.gated({c_.gate_up, up, c_.inner, c_.n, c_.act, false, c_.slope, c_.limit}, begin, end);
     w_.sync();
   }
 

@@ -7,14 +7,16 @@ from lmfuse.functional.cache import new_cache, reshape_and_cache
 from lmfuse.functional.decoder import (
     DecoderCaches,
     DecoderEnds,
-    DecoderExperts,
-    DecoderLayer,
-    DecoderLinear,
-    DecoderNorm,
     DecoderStack,
     decoder,
     decoder_logits,
     decoder_stack,
+)
+from lmfuse.functional.decoder_layer import (
+    DecoderExperts,
+    DecoderLayer,
+    DecoderLinear,
+    DecoderNorm,
 )
 from lmfuse.functional.experts import PackedExperts, expert_rows, experts, pack_experts
 from lmfuse.functional.indirect_attention import (

@@ -9,7 +9,7 @@ only: no backward.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,11 +18,17 @@ from torch import Tensor
 
 from lmfuse._library import call, ops, register_fake
 from lmfuse.functional import _check
-from lmfuse.functional.experts import PackedExperts
-from lmfuse.functional.linear import _POSTS
+from lmfuse.functional.decoder_layer import (
+    DecoderLayer,
+    DecoderLinear,
+    DecoderNorm,
+    layer_row,
+    linear_row,
+    norm_row,
+    placing,
+)
 from lmfuse.functional.packed import PackedWeight
 from lmfuse.functional.quantized import quantized_format
-from lmfuse.functional.woq import _how
 
 _decoder = ops.decoder.default
 _logits = ops.decoder_logits.default
@@ -32,142 +38,6 @@ _open_ends = ops.decoder_open_ends.default
 _close_ends = ops.decoder_close_ends.default
 _open_caches = ops.decoder_open_caches.default
 _close_caches = ops.decoder_close_caches.default
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderNorm:
-    """A norm over rows; see `rms_norm` and `layer_norm` for the formulas.
-
-    Attributes:
-        weight: [n].
-        bias: [n], of the dtype of weight, or None.
-        eps: added to the mean square.
-        centered: subtract the mean: layer norm.
-        offset: added to the weight.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    eps: float = 1e-6
-    centered: bool = False
-    offset: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderLinear:
-    """x W^T + bias, with W [n, k] packed or quantized.
-
-    Attributes:
-        weight: from `pack_linear`, or the bytes of `pack_quantized`.
-        bias: [n].
-        compute, block_scales: of a quantized weight; see `woq_linear`.
-    """
-
-    weight: PackedWeight | Tensor
-    bias: Tensor | None = None
-    compute: str = "bf16"
-    block_scales: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderExperts:
-    """Σ_j p_j · down_e(f(z gate_e^T) · (z up_e^T)), over the experts e with the largest p; see
-    `experts`.
-
-    p are the softmax of z R^T, or of those chosen alone, if normalized.
-
-    Attributes:
-        router: R, [experts, hidden], without a bias.
-        gate_up, down: of `pack_experts`, or of `pack_quantized`, as `experts` is given them.
-        inner_features: n.
-        chosen: how many experts.
-        normalized: whether p of those chosen add up to 1.
-        compute, block_scales: of quantized weights; see `woq_linear`.
-    """
-
-    router: DecoderLinear
-    gate_up: PackedExperts | Tensor
-    down: PackedExperts | Tensor
-    inner_features: int
-    chosen: int
-    normalized: bool = True
-    compute: str = "bf16"
-    block_scales: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderLayer:
-    """What one layer computes, x being its input and A causal attention:
-
-        q, k, v = rope(nq(z Q^T)), rope(nk(z K^T)), z V^T                 z = n1(x)
-        h = x + c · n2(A(q, k, v) O^T)
-        y = h + c · n4(mlp(n3(h)))    mlp(z) = (f(z G^T) · (z U^T)) D^T, or f(z G^T) D^T
-
-    or, if it is parallel, y = x + A(q, k, v) O^T + mlp(n3(x)); with the biases of the projections.
-    Norms that are None are left out. Packed weights have the dtype of x; quantized ones compute as
-    `woq_linear` does, each in a way of its own.
-
-    Attributes:
-        heads, kv_heads, head_dim: of attention.
-        query, key, value: their projections. If key and value are None, query gives all three:
-            first all queries, then all keys, then all values; or, if interleaved, one head after
-            the other, each with its query, key and value.
-        output, gate, up, down: O, G, U, D. If up is None and the MLP gated, G gives both halves.
-        experts: instead of gate, up and down, which are None then.
-        gated: which of the two forms the MLP has.
-        activation: f: relu, gelu, gelu_tanh, silu or (not gated) None.
-        attention_input, attention_output, mlp_input, mlp_output: n1, n2, n3, n4.
-        query_norm, key_norm: nq, nk, over each head, or over all heads of a token at once.
-        rotary_dim: how many elements of a head are rotated; 0 for no RoPE.
-        rotary_half: pairs (j, j + rotary_dim/2), else (2j, 2j + 1).
-        scale: of the scores.
-        softcap: s of s·tanh(score / s); 0 for none.
-        window: how many positions a query sees to its left; -1 for all.
-        parallel: attention and MLP read the same x.
-        residual_scale: c.
-        alibi: float32 [heads], or None: slope · distance is subtracted from the scores.
-        kind: which of the slots, tables and angles of a call the layer uses: those of one kind see
-            the same positions. The first layer has 0, and each new kind the next number.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    query: DecoderLinear
-    key: DecoderLinear | None
-    value: DecoderLinear | None
-    output: DecoderLinear
-    gate: DecoderLinear | None
-    up: DecoderLinear | None
-    down: DecoderLinear | None
-    scale: float
-    gated: bool = True
-    activation: str | None = "silu"
-    attention_input: DecoderNorm | None = None
-    query_norm: DecoderNorm | None = None
-    key_norm: DecoderNorm | None = None
-    attention_output: DecoderNorm | None = None
-    mlp_input: DecoderNorm | None = None
-    mlp_output: DecoderNorm | None = None
-    interleaved: bool = False
-    rotary_dim: int = 0
-    rotary_half: bool = True
-    softcap: float = 0.0
-    window: int = -1
-    parallel: bool = False
-    residual_scale: float = 1.0
-    kind: int = 0
-    alibi: Tensor | None = None
-    experts: DecoderExperts | None = None
-
-    @property
-    def router(self) -> DecoderLinear | None:
-        """That of the experts."""
-        return None if self.experts is None else self.experts.router
-
-    def linears(self) -> list[DecoderLinear]:
-        """Those that there are."""
-        return [linear for _, linear in _linears(self) if linear is not None]
 
 
 @dataclass(eq=False)
@@ -207,7 +77,7 @@ def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack:
     if not layers:
         raise ValueError("layers is empty, but must hold at least one layer")
     parameters: list[Tensor] = []
-    rows = [_row(layer, parameters) for layer in layers]
+    rows = [layer_row(layer, parameters) for layer in layers]
     return DecoderStack(
         parameters,
         torch.tensor([integers for integers, _ in rows], dtype=torch.int64),
@@ -242,14 +112,15 @@ class DecoderEnds:
         self.embedding, self.norm, self.head, self.scale = embedding, norm, head, scale
         self.vocabulary = _out_features(head.weight)
         parameters: list[Tensor] = []
-        place = _placing(parameters)
+        place = placing(parameters)
         if isinstance(embedding, PackedWeight):
             integers, self.dtype = [0, place(embedding.packed), -1], embedding.packed_dtype
         elif (
             getattr(embedding, "dtype", None) is torch.uint8
         ):  # read as values, whatever a product computes in
             integers = [0, place(embedding), 0]
-            self.dtype = torch.float32 if norm is None else norm.weight.dtype
+            weight = None if norm is None else norm.weight
+            self.dtype = torch.float32 if weight is None else weight.dtype
         elif (
             _check.held("embedding", embedding).dim() != 2
             or not embedding.is_contiguous()
@@ -262,8 +133,8 @@ class DecoderEnds:
         else:
             integers = [embedding.shape[1], place(embedding.detach().view(-1)), -1]
             self.dtype = embedding.dtype
-        of_norm, numbers = _norm_row(norm, place)
-        layout = [*integers, *of_norm, *_linear_row("head", head, place)]
+        of_norm, numbers = norm_row(norm, place)
+        layout = [*integers, *of_norm, *linear_row("head", head, place)]
         floats = torch.tensor([[*numbers, scale]], dtype=torch.float64)
         given = parameters, torch.tensor([layout]), floats
         of_all = {
@@ -315,103 +186,6 @@ class DecoderCaches:
         return DecoderCaches, (self.tensors,)
 
 
-def _row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int], list[float]]:
-    """The integers and numbers of a layer; its tensors join `parameters`."""
-    place = _placing(parameters)
-    integers: list[int] = []
-    numbers: list[float] = []
-    for norm in _norms(layer):
-        of_norm = _norm_row(norm, place)
-        integers += of_norm[0]
-        numbers += of_norm[1]
-    for name, linear in _linears(layer):
-        integers += _linear_row(name, linear, place)
-    integers += _experts(layer.experts, place)
-    if layer.activation not in _POSTS or _POSTS[layer.activation] > 4:
-        raise ValueError(
-            f"activation is {layer.activation!r}, but must be relu, gelu, gelu_tanh, silu or None"
-        )
-    key, value, step = _columns(layer)
-    normalized = layer.experts is not None and layer.experts.normalized
-    flags = layer.parallel + 2 * layer.gated + 4 * normalized
-    integers += (layer.heads, layer.kv_heads, layer.head_dim, key, value, step)
-    integers += (layer.rotary_dim, int(layer.rotary_half), layer.window, flags)
-    integers += (_POSTS[layer.activation], layer.kind, place(layer.alibi))
-    numbers += (layer.scale, layer.softcap, layer.residual_scale)
-    return integers, numbers
-
-
-def _placing(parameters: list[Tensor]) -> Callable[[Tensor | None], int]:
-    """What lets a tensor join `parameters` and says its place there."""
-
-    def place(tensor: Tensor | None) -> int:
-        if tensor is None:
-            return -1
-        parameters.append(tensor)
-        return len(parameters) - 1
-
-    return place
-
-
-def _norm_row(
-    norm: DecoderNorm | None, place: Callable[[Tensor | None], int]
-) -> tuple[list[int], list[float]]:
-    if norm is None:
-        return [0, -1, -1], [0.0, 0.0]
-    kind = 2 if norm.centered else 1
-    return [kind, place(norm.weight), place(norm.bias)], [norm.eps, norm.offset]
-
-
-def _linear_row(
-    name: str, linear: DecoderLinear | None, place: Callable[[Tensor | None], int]
-) -> list[int]:
-    if linear is None:
-        return [-1, -1, -1]
-    if type(linear.weight) is PackedWeight:
-        return [place(linear.weight.packed), -1, place(linear.bias)]
-    if linear.weight.dtype is not torch.uint8:
-        raise TypeError(
-            f"the weight of {name} is neither packed nor quantized; see pack_linear and "
-            "pack_quantized"
-        )
-    compute, block_scales = _how(linear.compute, linear.block_scales)
-    return [place(linear.weight), 2 * compute + block_scales, place(linear.bias)]
-
-
-def _norms(layer: DecoderLayer) -> Iterator[DecoderNorm | None]:
-    yield from (layer.attention_input, layer.query_norm, layer.key_norm)
-    yield from (layer.attention_output, layer.mlp_input, layer.mlp_output)
-
-
-def _linears(layer: DecoderLayer) -> Iterator[tuple[str, DecoderLinear | None]]:
-    for name in ("query", "key", "value", "output", "gate", "up", "down", "router"):
-        yield name, getattr(layer, name)
-
-
-def _experts(experts: DecoderExperts | None, place: Callable[[Tensor], int]) -> list[int]:
-    if experts is None:
-        return [-1, -1, -1, 0, 0]
-    weights: list[Any] = [experts.gate_up, experts.down]
-    packed = [isinstance(w, PackedExperts) for w in weights]
-    if all(packed):
-        how, given = -1, [w.packed.view(-1) for w in weights]
-    elif not any(packed):
-        compute, block_scales = _how(experts.compute, experts.block_scales)
-        how, given = 2 * compute + block_scales, weights
-    else:
-        raise TypeError("gate_up and down of experts must both be packed, or both quantized")
-    return [*map(place, given), how, experts.inner_features, experts.chosen]
-
-
-def _columns(layer: DecoderLayer) -> tuple[int, int, int]:
-    """Where keys and values begin among the projections, and from head to head."""
-    dim = layer.head_dim
-    if layer.interleaved:
-        return dim, 2 * dim, 3 * dim
-    queries = layer.heads * dim
-    return queries, queries + layer.kv_heads * dim, dim
-
-
 Each: TypeAlias = Tensor | Sequence[Tensor]  # one, or one for each kind of layer
 
 
@@ -433,7 +207,8 @@ def decoder(
 
     Args:
         hidden_states: [batch, tokens, hidden], of the dtype of the packed weights.
-        stack: from `decoder_stack`. Its layers have equal sizes, and those of a kind one window.
+        stack: from `decoder_stack`. Attention has equal sizes in all layers, and so have mixtures;
+            layers of a kind have one window.
         caches: `DecoderCaches`, or what they are made of.
         slots: [batch * tokens], int32 or int64: where the new tokens go, row by row.
         block_tables: [batch, at least the longest], int32 or int64: the slots of all keys that a

@@ -2,6 +2,10 @@
 
     y[t] = Σ_j weights[t, j] · down_e(act(gate_e(x[t])) · up_e(x[t])),   e = index[t, j]
 
+"clamped_swiglu" is another way to join gate and up, that of gpt-oss:
+
+    g σ(slope · g) (u + 1),   g = min(gate, limit),   u = min(max(up, -limit), limit)
+
 The tokens of an expert are computed together, so a weight is read once for all of them, and the
 weights of experts that no token chose are not read. The results of experts are rounded to the dtype
 of x; their sums, in the order of j, are fp32 and rounded once. A token has the same bits whatever
@@ -26,7 +30,7 @@ from lmfuse.functional.woq import _how
 _experts = ops.experts.default
 
 # act(gate) · up, in the order of Activation in csrc/kernels/kernels.h, whose kPanel is the other.
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_swiglu")
 _PANEL = 32
 
 
@@ -48,7 +52,7 @@ class PackedExperts(PackedWeight):
         packed_dtype: torch.dtype,
         parts: int = 1,
     ) -> PackedExperts:
-        shape = (packed.shape[0] // parts, parts * n, k)
+        shape = cls._of_experts(packed.shape[0] // parts, parts * n, k)
         return Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=packed.device, storage_size=0
         )
@@ -65,8 +69,13 @@ class PackedExperts(PackedWeight):
         super().__init__(packed, n, k, dtype, packed_dtype)
         self.parts = parts
 
+    @staticmethod
+    def _of_experts(experts: int, rows: int, columns: int) -> tuple[int, int, int]:
+        """What the owner sees of so many matrices."""
+        return experts, rows, columns
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"PackedExperts{(*self.shape,)}, dtype={self.public_dtype}"
+        return f"{type(self).__name__}{(*self.shape,)}, dtype={self.public_dtype}"
 
     def _matrix(self, plain: Tensor) -> Tensor:
         return plain.reshape(-1, self.out_features, self.in_features)
@@ -86,35 +95,77 @@ class PackedExperts(PackedWeight):
         return pack_experts(plain, more[0], rounded)
 
 
-def pack_experts(weight: Tensor, parts: int = 1, rounded: bool = False) -> PackedExperts:
+class PackedExpertsTransposed(PackedExperts):
+    """As `PackedExperts`, but its owner sees [experts, k, parts · n], as in gpt-oss."""
+
+    @staticmethod
+    def _of_experts(experts: int, rows: int, columns: int) -> tuple[int, int, int]:
+        return experts, columns, rows
+
+    def _matrix(self, plain: Tensor) -> Tensor:
+        return expert_matrices(plain, self.parts).flatten(0, 1)
+
+    def _plain(self) -> Tensor:
+        plain = torch.empty(self.shape, dtype=self.public_dtype)
+        matrices = expert_matrices(plain, self.parts)
+        for i, packed in enumerate(self.packed):
+            matrices[i // self.parts, i % self.parts] = _unpacked(packed, self)
+        return plain
+
+    @classmethod
+    def _of(cls, plain: Tensor, rounded: bool, *more: Any) -> PackedExperts:
+        return pack_experts(plain, more[0], rounded, transposed=True)
+
+
+def expert_matrices(weight: Tensor, parts: int = 1) -> Tensor:
+    """[experts, k, parts · n], whose columns are of each part in turn, as [experts, parts, n, k]: a
+    view of it."""
+    return weight.view(*weight.shape[:2], -1, parts).permute(0, 3, 2, 1)
+
+
+def pack_experts(
+    weight: Tensor, parts: int = 1, rounded: bool = False, transposed: bool = False
+) -> PackedExperts:
     """The weights of several linear layers alike, packed; `.unpack()` gives them back exactly.
 
     Args:
         weight: [experts, parts · n, k], float32, bfloat16 or float16, of any strides.
         parts: how many matrices [n, k] of an expert lie one below the other: 2 for gate and up.
         rounded: as in `pack_linear`.
+        transposed: weight is [experts, k, parts · n], the columns of the parts in turn.
 
     Raises:
         TypeError, ValueError: a weight that cannot be packed; see the text of the error.
     """
     _check.tensor("weight", weight)
-    if parts < 1:
-        raise ValueError(f"parts is {parts}, but must be at least 1")
-    if weight.dim() != 3 or not weight.numel() or weight.shape[1] % parts:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, but must be [experts, {parts} n, k], and not "
-            "empty"
-        )
+    _check_parts(weight, parts, transposed)
     if weight.is_meta:
         raise ValueError("weight is on meta, without data: load the model before it is packed")
     if rounded and weight.dtype is not torch.float32:
         raise TypeError(f"rounded is for a float32 weight, but weight is {weight.dtype}")
     plain = (weight.unpack() if isinstance(weight, PackedWeight) else weight).detach()
-    matrices = plain.reshape(plain.shape[0] * parts, -1, plain.shape[2])
-    packed = _pack_bytes(matrices, rounded).view(len(matrices), -1)
-    _, n, k = matrices.shape
-    kind = torch.bfloat16 if rounded else plain.dtype
-    return PackedExperts(packed, n, k, plain.dtype, kind, parts)
+    if transposed:
+        each = expert_matrices(plain, parts)
+        n, k = each.shape[2:]
+        # One expert's after the other: a copy of all of them would be as large as they are.
+        packed = torch.cat([_pack_bytes(matrices, rounded) for matrices in each])
+    else:
+        matrices = plain.reshape(plain.shape[0] * parts, -1, plain.shape[2])
+        n, k = matrices.shape[1:]
+        packed = _pack_bytes(matrices, rounded)
+    kind = PackedExpertsTransposed if transposed else PackedExperts
+    held = torch.bfloat16 if rounded else plain.dtype
+    return kind(packed.view(len(plain) * parts, -1), n, k, plain.dtype, held, parts)
+
+
+def _check_parts(weight: Tensor, parts: int, transposed: bool) -> None:
+    if parts < 1:
+        raise ValueError(f"parts is {parts}, but must be at least 1")
+    if weight.dim() != 3 or not weight.numel() or weight.shape[1 + transposed] % parts:
+        shape = f"[experts, k, {parts} n]" if transposed else f"[experts, {parts} n, k]"
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, but must be {shape}, and not empty"
+        )
 
 
 def panel_rows(n: int) -> int:
@@ -122,12 +173,13 @@ def panel_rows(n: int) -> int:
     return -(-n // _PANEL) * _PANEL
 
 
-def expert_rows(weight: Tensor, parts: int = 1) -> Tensor:
+def expert_rows(weight: Tensor, parts: int = 1, transposed: bool = False) -> Tensor:
     """The matrices of experts one below the other, as `pack_quantized` is to be given them
 
     Args:
         weight: [experts, parts · n, k].
         parts: how many matrices [n, k] of an expert lie one below the other: 2 for gate and up.
+        transposed: as for `pack_experts`.
 
     Returns:
         [experts · parts · 32 ⌈n / 32⌉, k]: each begins a panel, after rows of zeros.
@@ -136,12 +188,11 @@ def expert_rows(weight: Tensor, parts: int = 1) -> Tensor:
         TypeError, ValueError: not a dense tensor of that shape.
     """
     _check.held("weight", weight)
-    if weight.dim() != 3 or not weight.numel() or parts < 1 or weight.shape[1] % parts:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, but must be [experts, {parts} n, k], and not "
-            "empty"
-        )
-    matrices = weight.reshape(weight.shape[0] * parts, -1, weight.shape[2])
+    _check_parts(weight, parts, transposed)
+    if transposed:
+        matrices = expert_matrices(weight, parts).flatten(0, 1)
+    else:
+        matrices = weight.reshape(weight.shape[0] * parts, -1, weight.shape[2])
     short = panel_rows(matrices.shape[1]) - matrices.shape[1]
     padded = torch.nn.functional.pad(matrices, (0, 0, 0, short)) if short else matrices
     return padded.flatten(0, 1)
@@ -158,6 +209,10 @@ def experts(
     inner_features: int | None = None,
     compute: str = "bf16",
     block_scales: bool = False,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    slope: float = 1.702,
+    limit: float = 7.0,
 ) -> Tensor:
     """Each token through the experts that were chosen for it; see above.
 
@@ -169,9 +224,11 @@ def experts(
         gate_up: [experts, 2 n, k], from `pack_experts` with parts 2; or quantized, from
             `pack_quantized` of their `expert_rows`.
         down: [experts, k, n], from `pack_experts`; or quantized likewise.
-        act: "silu", "gelu" or "gelu_tanh".
+        act: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
         inner_features: n of quantized weights; None: look into their bytes.
         compute, block_scales: of quantized weights; see `woq_linear`.
+        gate_up_bias: [experts, 2 n], added to gate and up; down_bias: [experts, k].
+        slope, limit: of "clamped_swiglu".
 
     Returns:
         [tokens, k], in the dtype of x.
@@ -201,7 +258,10 @@ def experts(
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
         how = 2 * number + blocks
-    args = (x, index, weights, g, d, n, k, how, ACTIVATIONS.index(act))
+    if not limit > 0:
+        raise ValueError(f"limit is {limit}, but must be positive")
+    biases = (None if b is None else b.contiguous() for b in (gate_up_bias, down_bias))
+    args = (x, index, weights, g, d, *biases, n, k, how, ACTIVATIONS.index(act), slope, limit)
     return cast(Tensor, call(_experts, *args, check=_check_experts)).to(dtype)
 
 
@@ -222,6 +282,8 @@ def _check_experts(
     weights: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
     n: int,
     k: int,
     how: int,
@@ -236,6 +298,11 @@ def _check_experts(
         raise ValueError(
             f"gate_up has {gate_up.shape[0] // 2} experts, but down has {down.shape[0]}"
         )
+    for name, bias, width in (("gate_up_bias", gate_up_bias, 2 * n), ("down_bias", down_bias, k)):
+        if bias is not None and (_check.held(name, bias).dim() != 2 or bias.shape[1] != width):
+            raise ValueError(
+                f"{name} has shape {tuple(bias.shape)}, but must be [experts, {width}]"
+            )
     _check.integers("index", index)
     _check.tensor("weights", weights)
     if index.dim() != 2 or index.shape != weights.shape or index.shape[0] != x.shape[0]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -174,6 +174,11 @@ class PackedTransposed(PackedWeight):
 
     def _plain(self) -> Tensor:
         return super()._plain().t().contiguous()
+
+
+def is_matrix(weight: object) -> TypeGuard[PackedWeight]:
+    """Whether it is what `pack_linear` returns."""
+    return type(weight) in (PackedWeight, PackedTransposed)
 
 
 def pack_linear(weight: Tensor, rounded: bool = False, transposed: bool = False) -> PackedWeight:

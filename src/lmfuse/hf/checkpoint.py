@@ -197,6 +197,8 @@ def _published(tensors: Mapping[str, Any], read: Reader) -> tuple[dict[str, Any]
     for owner, count in mixtures.items():
         for name, parts in _STACKED.items():
             each = [f"{owner}.{e}.{part}" for e in range(count) for part in parts]
+            if any(f"{layer}.bias" in tensors for layer in each):
+                raise ValueError(f"{owner}: its experts have biases, which lmfuse does not stack")
             makes = [_repacked(layer, tensors, read) for layer in each]
             state[f"{owner}.{name}"] = Lazy(partial(_stacked, owner, makes))
             single -= set(each)

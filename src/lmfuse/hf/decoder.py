@@ -23,14 +23,17 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from lmfuse import functional
-from lmfuse.functional import PackedExperts, PackedWeight
+from lmfuse.functional import PackedExperts
+from lmfuse.functional.packed import is_matrix
 from lmfuse.generation.cache import Cache
 from lmfuse.generation.slots import Slots
 from lmfuse.hf import attention, spies, swap
-from lmfuse.hf.decoder_form import CACHE, Form, asks_ours, find
+from lmfuse.hf.decoder_find import CACHE, asks_ours, find
+from lmfuse.hf.decoder_form import ANGLES, Form, looked_up
+from lmfuse.hf.linear import features
 from lmfuse.modules import QuantizedExperts, QuantizedLinear
 from lmfuse.modules.experts import PARTS, Experts
-from lmfuse.modules.linear import Linear
+from lmfuse.modules.linear import Linear, Transposed
 from lmfuse.modules.parts import Parts
 from lmfuse.modules.siblings import SiblingLinear
 
@@ -62,9 +65,10 @@ class FusedDecoder(swap.Fused):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See the forward of the layer itself; where the op does the same, `functional.decoder`."""
-        if not args and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             run = _run_of(self, [self])  # whose own hooks are called around this
-            result = None if run is None else run(hidden_states, [kwargs])
+            given = _named(self.fused_form, args, kwargs)
+            result = None if run is None else run(hidden_states, [given])
             if result is not None:
                 return (result, None) if self.fused_form.pair else result
         return super().forward(hidden_states, *args, **kwargs)
@@ -120,9 +124,9 @@ class FusedStack(swap.Fused, nn.ModuleList):
     ) -> Any:
         """All layers, those of each kind given this."""
         pair = layers[0].fused_form.pair
-        if not any(args for args, _ in given):
-            run = _run_of(self, layers)
-            result = None if run is None else run(hidden_states, [kwargs for _, kwargs in given])
+        run = _run_of(self, layers)
+        if run is not None:
+            result = run(hidden_states, [_named(layers[0].fused_form, *each) for each in given])
             if result is not None:
                 return (result, None) if pair else result
         x: Any = hidden_states
@@ -133,6 +137,11 @@ class FusedStack(swap.Fused, nn.ModuleList):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _without_run(super().__reduce__())
+
+
+def _named(form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a layer is given besides its input, all with names."""
+    return {**dict(zip(form.arguments, args, strict=False)), **kwargs} if args else kwargs
 
 
 def _ours(layers: Iterable[Any]) -> bool:
@@ -214,9 +223,10 @@ class _Run:
         modules = [m for layer in layers for m in layer.modules()]
         if len(layers) == 1:
             modules.remove(layers[0])
-        pairs = zip(self.forms, layers, strict=True)
-        routers = [x.get_submodule(f.router).weight for f, x in pairs if f.router is not None]
-        self.parts = Parts(modules, layers, routers)
+        copied = [t for f, x in zip(self.forms, layers, strict=True) for t in f.copied(x)]
+        each = zip(self.forms, self.attention, strict=True)
+        self.angles = [a._buffers[ANGLES] for f, a in each if f.angles]
+        self.parts = Parts(modules, layers, copied + self.angles)
         dtypes = {p.dtype for layer in layers for p in layer.parameters()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         self.stack = self._stack()
@@ -226,14 +236,16 @@ class _Run:
         return next((f for f in forms if f.rotary_dim), forms[0])
 
     def _stack(self) -> functional.DecoderStack | None:
-        """None if a linear layer, or experts, are neither packed nor quantized, or parameters have
-        several dtypes."""
+        """None if a linear layer, or experts, are neither packed nor quantized, parameters have
+        several dtypes, or layers turn by other angles."""
         pairs = list(zip(self.forms, self.layers, strict=True))
         linears: list[Any] = [m for form, layer in pairs for m in form.linears(layer)]
         mixed = [x.get_submodule(form.experts) for form, x in pairs if form.experts is not None]
         if self.dtype is None or not all(map(_runs, linears)) or not all(map(_mixes, mixed)):
             return None
         if any(w.rounded for w in self.parts.weights):
+            return None
+        if any(not torch.equal(self.angles[0], table) for table in self.angles[1:]):
             return None
         described = [f.described(x, kind=k) for (f, x), k in zip(pairs, self.kind_of, strict=True)]
         return functional.decoder_stack(described)
@@ -256,7 +268,8 @@ class _Run:
             return None
         if not asks_ours(self.attention[0]):
             return None
-        tables = [t for t in map(_accepted, self.kinds, given) if t is not None]
+        owners = [self.attention[first] for first in self.firsts]
+        tables = [t for t in map(_accepted, self.kinds, given, owners) if t is not None]
         cache = given[0].get(self.kinds[0].cache)
         same = all(kwargs.get(self.kinds[0].cache) is cache for kwargs in given)
         if len(tables) < len(given) or not same:
@@ -345,8 +358,9 @@ def _runs(linear: Any) -> bool:
     """Whether the op can multiply by this layer's weight."""
     if isinstance(linear, QuantizedLinear):
         return type(linear).forward in (QuantizedLinear.forward, SiblingLinear.forward)
-    ours = getattr(type(linear), "forward", None) in (Linear.forward, SiblingLinear.forward)
-    return ours and type(linear.weight) is PackedWeight
+    forwards = Linear.forward, SiblingLinear.forward, Transposed.forward
+    ours = getattr(type(linear), "forward", None) in forwards
+    return ours and is_matrix(linear.weight)
 
 
 def _mixes(module: Any) -> bool:
@@ -354,7 +368,7 @@ def _mixes(module: Any) -> bool:
     if type(module) is QuantizedExperts:
         return True
     packed = isinstance(module, Experts)
-    return packed and all(type(getattr(module, name)) is PackedExperts for name in PARTS)
+    return packed and all(isinstance(getattr(module, name), PackedExperts) for name in PARTS)
 
 
 def _acts(hooks: dict[int, Callable[..., Any]]) -> bool:
@@ -376,8 +390,9 @@ def _plain(x: Tensor) -> bool:
     )
 
 
-def _accepted(form: Form, given: dict[str, Any]) -> _Tables | None:
-    """cos and sin for the op; None if layers of this form are given what it does not take."""
+def _accepted(form: Form, given: dict[str, Any], owner: Any) -> _Tables | None:
+    """cos and sin for the op; None if layers of this form, with attention like `owner`, are given
+    what it does not take."""
     alibi = None if form.alibi is None else form.alibi[0]
     more = given.keys() - _KNOWN - {alibi}
     if any(given[k] is not None and given[k] is not False for k in more):
@@ -389,8 +404,13 @@ def _accepted(form: Form, given: dict[str, Any]) -> _Tables | None:
         return None
     if not form.rotary_dim:
         return None, None
+    if form.angles:
+        positions = given.get("position_ids")
+        return None if positions is None else looked_up(owner, positions)
     tables = given.get("position_embeddings")
-    if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].shape[-1] != form.rotary_dim:
+    if not isinstance(tables, tuple) or len(tables) != 2:
+        return None
+    if tables[0].shape[-1] * form.table_times != form.rotary_dim:
         return None
     if form.table_step == 1:
         return tables
@@ -480,17 +500,30 @@ def _told_by_kind(parent: Any, layers: nn.ModuleList) -> bool:
 
 
 def _alike(layers: nn.ModuleList, forms: list[Form]) -> bool:
-    """Whether layers of these forms have the same sizes, and those of a kind the same angles."""
+    """Whether attention in layers of these forms has the same sizes, and so have mixtures; and
+    those of a kind have the same angles."""
     shared: set[Any] = set()
+    mixtures: set[Any] = set()
     turned: dict[Any, set[Any]] = {}
     for form, layer in zip(forms, layers, strict=True):
-        linears: list[Any] = form.linears(layer)
-        sizes = tuple((m.in_features, m.out_features) for m in linears)
-        heads = form.heads, form.kv_heads, form.head_dim, form.interleaved
+        names = (*form.projections, form.output)
+        sizes = tuple(features(layer.get_submodule(name)) for name in names)
+        heads = form.heads, form.kv_heads, form.head_dim, form.groups
         called = form.attention, form.cache, form.pair, form.alibi and form.alibi[0]
-        shared.add((sizes, heads, called, form.parallel, form.gated))
+        shared.add((sizes, heads, called, form.parallel))
+        if form.router is not None and form.experts is not None:
+            router, experts = map(layer.get_submodule, (form.router, form.experts))
+            mixtures.add((router.weight.shape, form.chosen, _inner(experts)))
         if form.rotary_dim:
             turned.setdefault((form.type, form.window), set()).add(
                 (form.rotary_dim, form.table_step)
             )
-    return len(shared) == 1 and all(len(angles) == 1 for angles in turned.values())
+    one = len(shared) == 1 and len(mixtures) <= 1
+    return one and all(len(angles) == 1 for angles in turned.values())
+
+
+def _inner(experts: Any) -> int:
+    """How many weights each expert has for its result."""
+    if isinstance(experts, QuantizedExperts):
+        return experts.inner_features * experts.hidden_features
+    return int(experts.down_proj.numel() // len(experts.down_proj))

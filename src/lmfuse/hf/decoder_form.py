@@ -1,15 +1,9 @@
-"""What a decoder layer of transformers computes, found out by its shape and tried on random inputs.
-
-A layer is told apart by the names of its parts and by what its attention asks the attention
-interface for. Whatever that suggests is accepted only if our op, given the same small random
-weights, computes what the layer's own forward computes.
-"""
+"""What a decoder layer of transformers computes: where its parts are, and its numbers."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,31 +11,12 @@ from torch import Tensor, nn
 
 from lmfuse import functional
 from lmfuse.functional import DecoderExperts, DecoderLayer, DecoderLinear, DecoderNorm
-from lmfuse.hf import attention, decoder_small, norm, rope, swap
-from lmfuse.hf.attention_modules import FusedAttention
-from lmfuse.modules import QuantizedExperts, QuantizedLinear, experts
+from lmfuse.hf import norm
+from lmfuse.modules import QuantizedExperts
 from lmfuse.modules.decoder import described_linear
+from lmfuse.modules.experts import PARTS
 
-# How the parts are called in transformers.
-_ATTENTION = ("self_attn", "attention", "attn", "self_attention")
-_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("Wqkv",))
-_OUTPUT = ("o_proj", "out_proj", "dense")
-_MLP = (
-    ("gate_proj", "up_proj", "down_proj"),
-    ("gate_up_proj", "down_proj"),
-    ("up_proj", "down_proj"),
-    ("fc1", "fc2"),
-    ("c_fc", "c_proj"),
-    ("dense_h_to_4h", "dense_4h_to_h"),
-)
-_ACT = ("act_fn", "activation_fn", "act", "gelu_impl")
-_ROUTERS, _EXPERTS = ("gate", "router"), "experts"
-_BEFORE_ATTENTION = ("input_layernorm", "self_attn_layer_norm", "norm_1")
-_AFTER_ATTENTION = ("post_attention_layernorm", "final_layer_norm", "norm_2")
-_AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-_QUERY_KEY = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
-CACHE = ("past_key_values", "layer_past")
-_ALIBI = ("alibi", "position_bias")
+ANGLES = "embed_positions"  # a buffer of attention: sin and cos by position
 
 # The fields of functional.DecoderLayer in the order of Form.norms.
 _NORMS = (
@@ -53,18 +28,6 @@ _NORMS = (
     "mlp_output",
 )
 
-_ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda z: nn.functional.gelu(z, approximate="tanh"),
-    "relu": nn.functional.relu,
-}
-_ROPES = {
-    "rope (half)": (True, 1),
-    "rope (interleaved)": (False, 1),
-    "rope (interleaved, doubled table)": (False, 2),
-}
-
 
 @dataclass(frozen=True)
 class Form:
@@ -75,11 +38,16 @@ class Form:
             those that are not there: before attention, of query, of key, after attention, before
             and after the MLP.
         cache: how the layer's forward calls its cache.
+        arguments: how it calls what it is given besides the hidden states.
         table_step: which columns of the tables of RoPE count: every, or every other.
+        table_times: how many times as wide as the tables are is what they rotate.
+        angles: attention has the tables itself.
         type: what the config calls the layer; a model gives those of one type the same.
-        router, experts: names of the parts of a mixture, in place of mlp.
+        router, experts: names of the parts of a mixture; mlp is then empty, or of an expert that
+            all tokens share, shared_gate what says how much it counts.
         alibi: slopes, and what the layer's forward calls what is made of them.
         pair: the layer's forward returns attention weights, which are None, as well.
+        sinks: the parameter with a score more for each head.
         negated: masks have four dimensions, and are True where keys are hidden.
     """
 
@@ -89,6 +57,7 @@ class Form:
     mlp: tuple[str, ...]
     norms: tuple[str | None, ...]
     cache: str
+    arguments: tuple[str, ...]
     heads: int
     kv_heads: int
     head_dim: int
@@ -97,25 +66,31 @@ class Form:
     scale: float
     softcap: float
     window: int | None
-    interleaved: bool = False
+    groups: int = 1
+    values_first: bool = False
     rotary_dim: int = 0
     rotary_half: bool = True
     table_step: int = 1
+    table_times: int = 1
+    angles: bool = False
     parallel: bool = False
     residual_scale: float = 1.0
     type: str | None = None
     router: str | None = None
     experts: str | None = None
+    shared_gate: str | None = None
     chosen: int = 0
     normalized: bool = True
     alibi: tuple[str, tuple[float, ...]] | None = None
+    sinks: str | None = None
     pair: bool = False
     negated: bool = False
 
     def linears(self, layer: nn.Module) -> list[nn.Module]:
-        """In the order query, key, value, output, gate, up, down, without those not there."""
-        names = (*self.projections, self.output, *self.mlp)
-        return [layer.get_submodule(name) for name in names]
+        """In the order query, key, value, output, gate, up, down, shared_gate, without those not
+        there."""
+        names = (*self.projections, self.output, *self.mlp, self.shared_gate)
+        return [layer.get_submodule(name) for name in names if name is not None]
 
     def norm_modules(self, layer: nn.Module) -> list[nn.Module | None]:
         """As `norms`."""
@@ -124,14 +99,15 @@ class Form:
     def described(
         self,
         layer: nn.Module,
-        linear: Callable[[Any], DecoderLinear] = described_linear,
+        described: Callable[[Any], DecoderLinear] = described_linear,
         kind: int = 0,
     ) -> DecoderLayer:
-        """`layer` for the op; `linear` says what a linear layer is."""
+        """`layer` for the op; `described` says what a linear layer is."""
         modules: list[Any] = self.linears(layer)
-        linears = [linear(m) for m in modules]
+        linears = [described(m) for m in modules]
         query, key, value = linears[:3] if len(self.projections) == 3 else (linears[0], None, None)
         output, *mlp = linears[len(self.projections) :]
+        shared_gate = None if self.shared_gate is None else mlp.pop()
         modules = self.norm_modules(layer)
         norms: list[Any] = [None if m is None else described_norm(m) for m in modules]
         return DecoderLayer(
@@ -149,7 +125,8 @@ class Form:
             self.gated,
             self.activation,
             **dict(zip(_NORMS, norms, strict=True)),
-            interleaved=self.interleaved,
+            groups=self.groups,
+            values_first=self.values_first,
             rotary_dim=self.rotary_dim,
             rotary_half=self.rotary_half,
             softcap=self.softcap,
@@ -157,23 +134,39 @@ class Form:
             parallel=self.parallel,
             residual_scale=self.residual_scale,
             kind=kind,
-            experts=self.mixture(layer),
+            experts=self.mixture(layer, shared_gate),
             alibi=None if self.alibi is None else torch.tensor(self.alibi[1]),
+            sinks=None if self.sinks is None else layer.get_parameter(self.sinks).detach().float(),
         )
 
-    def mixture(self, layer: nn.Module) -> DecoderExperts | None:
-        """That of `layer`, whose experts are packed or quantized."""
+    def mixture(self, layer: nn.Module, gate: DecoderLinear | None) -> DecoderExperts | None:
+        """That of `layer`, whose experts are packed or quantized, with this shared_gate."""
         if self.router is None or self.experts is None:
             return None
         module: Any = layer.get_submodule(self.experts)
         router: Any = layer.get_submodule(self.router)
-        weight = DecoderLinear(functional.pack_linear(router.weight))
+        bias = getattr(router, "bias", None)
+        weight = DecoderLinear(functional.pack_linear(router.weight), bias)
         if isinstance(module, QuantizedExperts):
             given = module.gate_up, module.down, module.inner_features
-            how = module.compute, module.block_scales
-            return DecoderExperts(weight, *given, self.chosen, self.normalized, *how)
+            how = module.compute, module.block_scales, gate
+            return DecoderExperts(
+                weight, *given, self.chosen, self.normalized, *how, **module.more()
+            )
         given = module.gate_up_proj, module.down_proj, module.gate_up_proj.out_features
-        return DecoderExperts(weight, *given, self.chosen, self.normalized)
+        more = module.more()
+        return DecoderExperts(
+            weight, *given, self.chosen, self.normalized, shared_gate=gate, **more
+        )
+
+    def copied(self, layer: nn.Module) -> list[Tensor]:
+        """Parameters of `layer` that `described` may copy."""
+        found: list[Tensor] = [] if self.sinks is None else [layer.get_parameter(self.sinks)]
+        for name in (self.router, self.experts):
+            if name is not None:
+                parameters = layer.get_submodule(name).named_parameters()
+                found += [p for n, p in parameters if n not in PARTS]
+        return found
 
 
 def described_norm(module: nn.Module) -> DecoderNorm:
@@ -182,252 +175,15 @@ def described_norm(module: nn.Module) -> DecoderNorm:
     if isinstance(module, norm.FusedLayerNorm):
         return DecoderNorm(module.weight, bias, module.eps, True)
     assert isinstance(module, norm.FusedNorm)
-    weight: Any = module.weight
+    weight: Any = getattr(module, "weight", None)
     eps: float = getattr(module, module.fused_eps)
     return DecoderNorm(weight, bias, eps, module.fused_centered, module.fused_offset)
 
 
-def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
-    """The form of `layer`, the reason why it has none, or None if it is no decoder layer at all."""
-    attn_name = next((a for a in _ATTENTION if a in layer._modules), None)
-    attn = layer._modules.get(attn_name or "")
-    if attn_name is None or attn is None or not hasattr(attn, "layer_idx") or not asks_ours(attn):
-        return None
-    if any("forward" in vars(m) for m in layer.modules()):
-        return "the forward of one of its parts is replaced on the instance"
+def looked_up(attn: Any, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    """cos and sin out of the table of an attention module, or None if it has too few rows."""
     try:
-        parts = _parts(layer, attn_name, attn)
-    except _UnknownError as reason:
-        return str(reason)
-    tables = rope._tables(model, f"{name}.{attn_name}")
-    if isinstance(attn, rope.FusedRope) and not tables:
-        return "no table of its RoPE was found"
-    x = swap.random(swap.generator(), 1, 6, decoder_small.HIDDEN)
-    try:
-        small = decoder_small.small_copy(layer, parts)
-        expected = decoder_small.run(small, parts, x, tables, _called(small, _ALIBI))
-    except Exception as error:  # it is foreign code
-        return f"its forward refused a test input: {error}"
-    asked = vars(small.get_submodule(attn_name)).get(decoder_small.ASKED)
-    pair = isinstance(expected, tuple) and len(expected) == 2 and expected[1] is None
-    parts, expected = replace(parts, pair=pair), expected[0] if pair else expected
-    if asked is None or not isinstance(expected, Tensor):
-        return "its attention does not go through transformers' AttentionInterface"
-    for form in _candidates(parts, layer, attn, asked, tables):
-        if _agrees(form, small, x, expected, tables):
-            return form
-    return "it computes something else than the decoder op"
-
-
-def asks_ours(attn: Any) -> bool:
-    """Whether an attention module has lmfuse compute its attention."""
-    if isinstance(attn, FusedAttention):
-        return True
-    config = getattr(attn, "config", None)
-    return getattr(config, "_attn_implementation", None) == attention.NAME
-
-
-class _UnknownError(Exception):
-    pass
-
-
-def _parts(layer: nn.Module, attn_name: str, attn: nn.Module) -> Form:
-    """A form with all names, but without numbers.
-
-    Raises:
-        _UnknownError: there is a part that no name says what to do with.
-    """
-    projections = _first(attn, _PROJECTIONS, "no projections of a known name")
-    output = _first(attn, [(n,) for n in _OUTPUT], "no output projection of a known name")
-    inner = next((f"{name}." for name in ("mlp", "ffn") if name in layer._modules), "")
-    owner = layer.get_submodule(inner[:-1]) if inner else layer
-    mixed = _mixture(owner)
-    mlp = _first(owner, _MLP, "no MLP of a known form") if mixed is None else ()
-    around = [n if _is_norm(layer, n) else None for n in _AROUND_MLP]
-    after = next((n for n in _AFTER_ATTENTION if _is_norm(layer, n)), None)
-    before = next((n for n in _BEFORE_ATTENTION if _is_norm(layer, n)), None)
-    if any(around):
-        norms: list[str | None] = [before, after, *around]
-    else:
-        norms = [before, None, after or before, None]
-    pair = next((p for p in _QUERY_KEY if all(_is_norm(attn, n) for n in p)), None)
-    heads = [f"{attn_name}.{n}" for n in pair] if pair else [None, None]
-    act = next((getattr(owner, a) for a in _ACT if hasattr(owner, a)), None)
-    found = Form(
-        attn_name,
-        tuple(f"{attn_name}.{n}" for n in projections),
-        f"{attn_name}.{output[0]}",
-        tuple(inner + n for n in mlp),
-        (norms[0], *heads, *norms[1:]),
-        _called(layer, CACHE) or CACHE[0],
-        heads=0,
-        kv_heads=0,
-        head_dim=0,
-        activation=_activation(act) if mixed is None else mixed[1],
-        gated=len(mlp) != 2 or mlp[0] == "gate_up_proj",
-        scale=0.0,
-        softcap=0.0,
-        window=None,
-        parallel=not any(around) and after is None,
-        residual_scale=float(getattr(layer, "residual_multiplier", 1.0)),
-        type=_type(attn),
-        negated=not getattr(attn, "takes_our_mask", True),
-    )
-    if mixed is not None:
-        router, _, chosen = mixed
-        found = replace(found, router=inner + router, experts=inner + _EXPERTS, chosen=chosen)
-    _check_complete(layer, found)
-    if any(getattr(x, "clip_qkv", None) for x in (attn, getattr(attn, "config", None))):
-        raise _UnknownError("it clips queries, keys and values")  # perhaps none of our numbers
-    return found
-
-
-def _mixture(owner: nn.Module) -> tuple[str, str, int] | None:
-    """The router, the activation and how many experts are chosen, where `owner` is a mixture."""
-    module: Any = owner._modules.get(_EXPERTS)
-    name = next((n for n in _ROUTERS if owner._modules.get(n) is not None), None)
-    if module is None or name is None:
+        sin, cos = nn.functional.embedding(positions, attn._buffers[ANGLES]).chunk(2, -1)
+    except IndexError:
         return None
-    router: Any = owner._modules[name]
-    chosen = getattr(router, "top_k", None)
-    if router._parameters.keys() != {"weight"} or router._buffers or router._modules:
-        return None
-    if isinstance(module, QuantizedExperts):
-        act: str | None = module.act
-    elif isinstance(module, experts.Experts):
-        act = module.experts_act
-    else:
-        act = experts.find(module)[0].get("")
-    if act is None or type(chosen) is not int or router.weight.dim() != 2:
-        return None
-    return name, act, chosen
-
-
-def _type(attn: Any) -> str | None:
-    types = getattr(getattr(attn, "config", None), "layer_types", None)
-    return types[attn.layer_idx] if types and attn.layer_idx < len(types) else None
-
-
-def _called(layer: nn.Module, names: tuple[str, ...]) -> str | None:
-    """Which of `names` is a parameter of the layer's forward."""
-    kind = getattr(type(layer), "fused_stock", type(layer))
-    parameters = inspect.signature(kind.forward).parameters
-    return next((name for name in names if name in parameters), None)
-
-
-def _first(owner: nn.Module, names: Any, otherwise: str) -> tuple[str, ...]:
-    for each in names:
-        if all(isinstance(owner._modules.get(n), (nn.Linear, QuantizedLinear)) for n in each):
-            return tuple(each)
-    raise _UnknownError(f"it has {otherwise}")
-
-
-def _is_norm(owner: nn.Module, name: str) -> bool:
-    return owner._modules.get(name) is not None
-
-
-def _activation(act: Any) -> str | None:
-    x = torch.linspace(-4, 4, 64)
-    try:
-        y = act(x)
-    except Exception:  # it is foreign code
-        raise _UnknownError("its activation refused a test input") from None
-    for name, function in _ACTIVATIONS.items():
-        if isinstance(y, Tensor) and swap.agrees(y, function, x):
-            return name
-    raise _UnknownError("its activation is none of silu, gelu, gelu_tanh and relu")
-
-
-def _check_complete(layer: nn.Module, form: Form) -> None:
-    """All parameters and buffers of `layer` belong to a part, and all norms were recognised."""
-    parts = [*form.linears(layer), *(m for m in form.norm_modules(layer) if m is not None)]
-    for module in form.norm_modules(layer):
-        if module is None:
-            continue
-        if not isinstance(module, (norm.FusedNorm, norm.FusedLayerNorm)):
-            raise _UnknownError("it has a norm that was not recognised")
-        weight = getattr(module, "weight", None)
-        if weight is None or weight.dim() != 1:
-            raise _UnknownError("it has a norm without a weight, or with one for each head")
-    parts += [layer.get_submodule(n) for n in (form.router, form.experts) if n is not None]
-    known = {id(t) for m in parts for t in (*m.parameters(), *m.buffers())}
-    if any(id(t) not in known for t in (*layer.parameters(), *layer.buffers())):
-        raise _UnknownError("it has parameters besides those of its projections, norms and MLP")
-
-
-def _candidates(
-    parts: Form, layer: nn.Module, attn: nn.Module, asked: Any, tables: list[tuple[Tensor, Tensor]]
-) -> Iterator[Form]:
-    query, key, options = asked
-    name, slopes = _called(layer, _ALIBI), options.get("alibi")
-    if options.get("s_aux") is not None or options.get("position_bias") is not None:
-        return
-    dim: int = query[3]
-    scale = options.get("scaling")
-    form = replace(
-        parts,
-        heads=query[1],
-        kv_heads=key[1],
-        head_dim=dim,
-        scale=dim**-0.5 if scale is None else float(scale),
-        softcap=float(options.get("softcap") or 0.0),
-        window=options.get("sliding_window"),
-        alibi=None if name is None or slopes is None else (name, tuple(slopes.tolist())),
-    )
-    if isinstance(attn, rope.FusedRope):
-        if attn.fused_form not in _ROPES:
-            return
-        half, step = _ROPES[attn.fused_form]
-        form = replace(form, rotary_dim=tables[0][0].shape[-1], rotary_half=half, table_step=step)
-    elif isinstance(attn, FusedAttention) and tables:
-        form = replace(form, rotary_dim=tables[0][0].shape[-1])
-    own = float(getattr(attn, "scaling", 1.0))
-    for scale in dict.fromkeys((form.scale, form.scale * own)):  # OPT scales queries itself
-        for parallel in dict.fromkeys((form.parallel, not form.parallel)):
-            if parallel and (form.norms[3] or form.norms[5] or form.residual_scale != 1.0):
-                continue
-            one = len(form.projections) == 1 and form.heads == form.kv_heads
-            for interleaved in (True, False) if one else (False,):
-                for turned in dict.fromkeys((form.rotary_dim, 0)):  # some leave out RoPE here
-                    for normalized in (True, False) if form.experts else (True,):
-                        yield replace(
-                            form,
-                            scale=scale,
-                            parallel=parallel,
-                            interleaved=interleaved,
-                            rotary_dim=turned,
-                            normalized=normalized,
-                        )
-
-
-def _packed(linear: nn.Linear) -> DecoderLinear:
-    return DecoderLinear(functional.pack_linear(linear.weight), linear.bias)
-
-
-def _agrees(
-    form: Form, small: nn.Module, x: Tensor, expected: Tensor, tables: list[tuple[Tensor, Tensor]]
-) -> bool:
-    """Whether the op gives the same, the prompt in two pieces."""
-    with torch.no_grad():
-        try:
-            stack = functional.decoder_stack([form.described(small, _packed)])
-        except (TypeError, ValueError, RuntimeError):
-            return False  # such as an activation that the op has only without a gate
-        tokens = x.shape[1]
-        caches = [torch.zeros(form.kv_heads, tokens, form.head_dim) for _ in range(2)]
-        slots = torch.arange(tokens)
-        cos, sin = tables[0] if form.rotary_dim else (None, None)
-
-        def op(x: Tensor) -> Tensor:
-            pieces = []
-            for begin, end in ((0, tokens - 2), (tokens - 2, tokens)):
-                angles = (
-                    None if t is None else t[:, begin:end, :: form.table_step] for t in (cos, sin)
-                )
-                lengths = torch.tensor([0, end])
-                args = (x[:, begin:end], stack, caches, slots[begin:end], slots[None], lengths)
-                pieces.append(functional.decoder(*args, *angles))
-            return torch.cat(pieces, 1) / size
-
-        size = expected.abs().max()  # what is added up is as large, though some sums are small
-        return swap.agrees(expected / size, op, x)
+    return cos, sin

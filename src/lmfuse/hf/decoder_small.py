@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lmfuse import functional
 from lmfuse.hf import attention, swap
 from lmfuse.hf.attention_modules import FusedAttention
+from lmfuse.hf.linear import features
+from lmfuse.modules.experts import CLAMPED
 
 if TYPE_CHECKING:
     from lmfuse.hf.decoder_form import Form
@@ -32,7 +34,7 @@ def small_copy(layer: nn.Module, form: Form) -> nn.Module:
     count = len(form.projections)
     sizes: dict[int, tuple[int | None, int | None]] = {}  # out, in; None: as it is
     for i, linear in enumerate(form.linears(layer)):
-        if i < count:
+        if i < count or i > count + len(form.mlp):
             sizes[id(linear)] = None, HIDDEN
         elif i == count:
             sizes[id(linear)] = HIDDEN, None
@@ -55,13 +57,13 @@ def small_copy(layer: nn.Module, form: Form) -> nn.Module:
         if isinstance(new, swap.Fused) and id(module) not in norm_ids and not whose:
             new.__class__ = type(new).fused_stock  # type: ignore[assignment]
         if module._parameters:
-            n = None if id(module) in over_heads else HIDDEN
+            n = HIDDEN if id(module) in norm_ids - over_heads else None
             new.__dict__["_parameters"] = {
                 k: None if p is None else nn.Parameter(swap.random(random, n or p.numel()))
                 for k, p in module._parameters.items()
             }
-            if hasattr(module, "normalized_shape"):
-                new.__dict__["normalized_shape"] = tuple(new.weight.shape)  # type: ignore
+            if n is not None and hasattr(module, "normalized_shape"):
+                new.__dict__["normalized_shape"] = (n,)
         for name, child in module._modules.items():
             new._modules[name] = None if child is None else copied(child)
         if module is layer.get_submodule(form.attention) and whose:
@@ -78,16 +80,26 @@ def small_copy(layer: nn.Module, form: Form) -> nn.Module:
 class _Experts(nn.Module):
     """Few features; what the experts compute was tried before."""
 
-    def __init__(self, random: torch.Generator, count: int, act: str) -> None:
+    def __init__(self, random: torch.Generator, count: int, act: str, like: Any) -> None:
         super().__init__()
         gate_up = swap.random(random, count, 2 * _INNER, HIDDEN)
         down = swap.random(random, count, HIDDEN, _INNER)
         self.gate_up_proj = nn.Parameter(functional.pack_experts(gate_up, 2), requires_grad=False)
         self.down_proj = nn.Parameter(functional.pack_experts(down), requires_grad=False)
         self.act = act
+        self.like: dict[str, Any] = {}
+        if act == CLAMPED:
+            biases = (swap.random(random, count, n) for n in (2 * _INNER, HIDDEN))
+            self.like = dict(zip(("gate_up_bias", "down_bias"), biases, strict=True))
+            self.like |= {"slope": float(like.alpha), "limit": float(like.limit)}
+
+    def more(self) -> dict[str, Any]:
+        """See `lmfuse.modules.experts.Experts.more`."""
+        return self.like
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return functional.experts(x, index, weights, self.gate_up_proj, self.down_proj, self.act)
+        args = x, index, weights, self.gate_up_proj, self.down_proj, self.act
+        return functional.experts(*args, **self.like)
 
 
 def _small_mixture(random: torch.Generator, layer: nn.Module, form: Form) -> dict[int, nn.Module]:
@@ -97,18 +109,20 @@ def _small_mixture(random: torch.Generator, layer: nn.Module, form: Form) -> dic
     router: Any = layer.get_submodule(form.router)
     count, hidden = router.weight.shape
     sizes = {k: HIDDEN for k, v in vars(router).items() if type(v) is int and v == hidden}
-    weight = nn.Parameter(swap.random(random, count, HIDDEN))
-    small = swap.copied(router, _parameters={"weight": weight}, **sizes)
+    parameters: dict[str, Any] = {"weight": nn.Parameter(swap.random(random, count, HIDDEN))}
+    if getattr(router, "bias", None) is not None:
+        parameters["bias"] = nn.Parameter(swap.random(random, count))
+    small = swap.copied(router, _parameters=parameters, **sizes)
     replaced = {id(router): small}
     module = layer.get_submodule(form.experts)
-    replaced[id(module)] = _Experts(random, count, str(form.activation))
+    replaced[id(module)] = _Experts(random, count, str(form.activation), module)
     return replaced
 
 
 def _random_linear(
     random: torch.Generator, like: Any, out: int | None, inputs: int | None
 ) -> nn.Linear:
-    out, inputs = out or like.out_features, inputs or like.in_features
+    out, inputs = (a or b for a, b in zip((out, inputs), features(like), strict=True))
     biased = like.bias is not None
     linear = nn.Linear(inputs, out, bias=biased, device="meta").to_empty(device="cpu")
     with torch.no_grad():
@@ -145,15 +159,13 @@ def run(
     small: nn.Module,
     form: Form,
     x: Tensor,
-    tables: list[tuple[Tensor, Tensor]],
+    given: dict[str, Any],
     alibi: str | None,
 ) -> Any:
-    """The forward of a copy; `alibi`: what it calls biases by distance, if it takes them."""
+    """The forward of a copy, given this; `alibi`: what it calls biases by distance, if it takes
+    them."""
     transformers.AttentionInterface.register(_PROBE, _probed)
-    kwargs: dict[str, Any] = {"attention_mask": None, form.cache: None}
-    if tables:
-        kwargs["position_embeddings"] = tables[0]
-    kwargs["position_ids"] = torch.arange(x.shape[1]).unsqueeze(0)
+    kwargs: dict[str, Any] = {"attention_mask": None, form.cache: None, **given}
     if alibi is not None:  # Falcon has it or RoPE
         wanted = getattr(getattr(small, "config", None), "alibi", True)
         heads = getattr(small.get_submodule(form.attention), "num_heads", 1)

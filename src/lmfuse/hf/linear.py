@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from lmfuse import _auto_kernel_selection as kernels
 from lmfuse.hf import swap
 from lmfuse.modules import experts
-from lmfuse.modules.linear import Packed
+from lmfuse.modules.linear import Packed, Transposed
 from lmfuse.modules.pack import pack_model
+from lmfuse.modules.quantized_linear import QuantizedLinear
 from lmfuse.modules.siblings import join_siblings
 from lmfuse.quantization.config import WeightOnlyConfig
 
@@ -54,6 +55,20 @@ def _alike(model: nn.Module) -> set[type[nn.Module]]:
         if kind not in found and kind is not nn.Linear and not isinstance(module, Packed):
             found[kind] = _is_linear(module)
     return {kind for kind, known in found.items() if known}
+
+
+def computes(module: nn.Module | None) -> bool:
+    """Whether `module` is a linear layer: plain, packed, quantized or one with another name."""
+    known = isinstance(module, (nn.Linear, QuantizedLinear, Transposed))
+    return known or (module is not None and _is_linear(module))
+
+
+def features(linear: Any) -> tuple[int, int]:
+    """How many a linear layer gives and takes."""
+    if isinstance(linear, (nn.Linear, QuantizedLinear)):
+        return linear.out_features, linear.in_features
+    inputs, out = linear.weight.shape
+    return out, inputs
 
 
 def _is_linear(module: nn.Module) -> bool:

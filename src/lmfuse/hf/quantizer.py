@@ -48,7 +48,7 @@ class Awaiting(nn.Module):
 class AwaitingExperts(nn.Module):
     """The place of experts whose weights are still to come, named as they will come."""
 
-    names: dict[str, int]  # of the parameters, and how many matrices of an expert are in each
+    names: dict[str, int]  # of the weights, and how many matrices of an expert are in each
 
     def __init__(self, stock: Any, act: str, quantized: bool) -> None:
         super().__init__()
@@ -62,6 +62,12 @@ class AwaitingExperts(nn.Module):
             if quantized:
                 weight = torch.empty(0, dtype=torch.uint8, device="meta")
             setattr(self, name, nn.Parameter(weight, requires_grad=False))
+        self.turned = act == experts.CLAMPED
+        if self.turned:
+            self.alpha, self.limit = stock.alpha, stock.limit
+            for name in experts.BIASES:
+                bias = getattr(stock, name).detach()
+                setattr(self, name, nn.Parameter(bias, requires_grad=False))
 
 
 class Pack(ConversionOps):
@@ -79,8 +85,10 @@ class Pack(ConversionOps):
             weight = found[0] if isinstance(found, list) else found
             owner, _, attribute = name.rpartition(".")
             awaiting = model.get_submodule(owner)
-            parts = awaiting.names[attribute] if isinstance(awaiting, AwaitingExperts) else None
-            done[name] = quantized.pack_weight(name, weight, self.config_of(owner), parts)
+            how: tuple[Any, ...] = ()
+            if isinstance(awaiting, AwaitingExperts):
+                how = awaiting.names[attribute], awaiting.turned
+            done[name] = quantized.pack_weight(name, weight, self.config_of(owner), *how)
         return done
 
 
@@ -209,9 +217,9 @@ def _experts_arrived(
     packed = []
     for (part, parts), shape in zip(awaiting.names.items(), awaiting.shapes, strict=True):
         given: Tensor = getattr(awaiting, part)
-        weight = _bytes(f"{name}.{part}", given, config, awaiting.of_file, parts)
+        weight = _bytes(f"{name}.{part}", given, config, awaiting.of_file, parts, awaiting.turned)
         format = _format(f"{name}.{part}", weight)
-        count, rows, columns = shape
+        count, rows, columns = (shape[0], *shape[:0:-1]) if awaiting.turned else shape
         wanted = count * parts * panel_rows(rows // parts)
         if (format.out_features, format.in_features) != (wanted, columns):
             raise ValueError(
@@ -219,17 +227,17 @@ def _experts_arrived(
                 f"the model's is {shape}"
             )
         packed.append(weight)
-    return quantized.quantized_experts(packed, awaiting.act, config, compute)
+    return quantized.quantized_experts(packed, awaiting.act, config, compute, awaiting)
 
 
 def _bytes(
-    name: str, weight: Tensor, config: WeightOnlyConfig, of_file: bool, parts: int | None = None
+    name: str, weight: Tensor, config: WeightOnlyConfig, of_file: bool, *parts: Any
 ) -> Tensor:
     """Those of a weight that was quantized while it was read, or before, or is still to be."""
     if not weight.numel():
         raise ValueError(f"the checkpoint has no {name}")
     if weight.is_floating_point():  # it is tied to one that is not quantized
-        return quantized.pack_weight(name, weight, config, parts)
+        return quantized.pack_weight(name, weight, config, *parts)
     # A view into a file, aligned to 8 bytes; what was quantized just now lies in large pages.
     if not of_file:
         return weight.detach()

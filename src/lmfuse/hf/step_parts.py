@@ -43,7 +43,7 @@ class Form:
 
     base: str
     embedding: str
-    rotary: str
+    rotary: str | None  # None: layers look their angles up themselves
     layers: str
     norm: str
     head: str
@@ -58,7 +58,7 @@ class StepParts:
 
     def __init__(self, model: nn.Module, form: Form, stack: decoder._Run) -> None:
         self.embedding = model.get_submodule(form.embedding)
-        self.rotary = model.get_submodule(form.rotary)
+        self.rotary = None if form.rotary is None else model.get_submodule(form.rotary)
         self.norm = model.get_submodule(form.norm)
         self.head = model.get_submodule(form.head)
         self.embedded = [(_CHANGES[how], number) for how, number, _ in form.embedded]
@@ -75,12 +75,11 @@ class StepParts:
         x = self.embedding(ids)
         for change, number in self.embedded:
             x = change(x, number)
-        angles = {more: self.rotary(x, positions, *more) for more in set(self.angles)}
-        name = self.stack.kinds[0].cache
-        given = [
-            {"attention_mask": mask, "position_embeddings": angles[more], name: cache}
-            for more in self.angles
-        ]
+        angles: dict[tuple[str, ...], Any] = {}
+        if self.rotary is not None:
+            angles = {more: self.rotary(x, positions, *more) for more in set(self.angles)}
+        each = {"attention_mask": mask, "position_ids": positions, self.stack.kinds[0].cache: cache}
+        given = [{**each, "position_embeddings": angles.get(more)} for more in self.angles]
         y = self.stack(x, given)
         return None if y is None else self._changed(self.head(self.norm(y)))
 
@@ -111,11 +110,16 @@ class StepParts:
         if self.tables[0] and last < len(self.tables[0][0]):
             return True
         dtype, rotary, self.tables = self.stack.dtype, self.rotary, ([], [])
+        if rotary is None:
+            sin, cos = self.stack.angles[0].chunk(2, -1)
+            kinds = len(self.angles)
+            self.tables = [cos.contiguous()] * kinds, [sin.contiguous()] * kinds
+            return last < len(cos)
         if dtype is None or not isinstance(rotary, FusedRotary) or Parts([rotary]).watched():
             return False
         for more, form in zip(self.angles, self.stack.kinds, strict=True):
             found = rotary.tables(dtype, last, *more)
-            if found is None or found[0].shape[-1] != form.rotary_dim:
+            if found is None or found[0].shape[-1] * form.table_times != form.rotary_dim:
                 return False
             for table, kept in zip(found, self.tables, strict=True):
                 kept.append(table[:, :: form.table_step].contiguous())
@@ -129,8 +133,8 @@ class StepParts:
             dtype is None
             or Parts([self.embedding, norm, head]).watched()
             or not isinstance(norm, (FusedNorm, FusedLayerNorm))
-            or of_norm is None
-            or of_norm.dtype is not dtype
+            or (of_norm is None and isinstance(self.embedding, QuantizedEmbedding))
+            or (of_norm is not None and of_norm.dtype is not dtype)
             or not decoder._runs(head)
             or (type(head.weight) is PackedWeight and not _exact(head.weight, dtype))
         ):
@@ -225,17 +229,18 @@ def _named(model: Any, base: nn.Module) -> Form | None:
     names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
     stack = [m for m in base.children() if isinstance(m, decoder.FusedStack)]
     norms = [base._modules[n] for n in _NORMS if base._modules.get(n) is not None]
+    rotary = base._modules.get("rotary_emb")
     parts = (
         base,
         model.get_input_embeddings(),
-        base._modules.get("rotary_emb"),
         *(stack if len(stack) == 1 else [None]),
         *(norms if len(norms) == 1 else [None]),
         model.get_output_embeddings(),
     )
     if any(part not in names for part in parts):
         return None
-    return Form(*(names[part] for part in parts))
+    at, embedding, *rest = (names[part] for part in parts)
+    return Form(at, embedding, None if rotary is None else names[rotary], *rest)
 
 
 def _tried(model: Any, form: Form) -> Form | None:
@@ -247,7 +252,7 @@ def _tried(model: Any, form: Form) -> Form | None:
     if not told.unbroken(len(layers)):
         return None
     part = told.copy.get_submodule
-    angles = _angles(part(form.rotary), layers, told)
+    angles = _angles(None if form.rotary is None else part(form.rotary), layers, told)
     numbers = _numbers(model, model.get_submodule(form.base))
     embedded = _change(part(form.embedding).forward(spies.IDS), told.inputs[0], numbers)
     said = part(form.head).forward(part(form.norm).forward(told.made[-1]))
@@ -262,13 +267,19 @@ def _angles(rotary: Any, layers: list[Any], told: spies.Told) -> tuple[tuple[str
     more than angles."""
     known = {"attention_mask", "position_embeddings", *decoder._KNOWN}
     kinds, firsts = decoder._kinds(layers)
-    typed = "layer_type" in inspect.signature(rotary.forward).parameters
+    own = all(layer.fused_form.angles for layer in layers)  # angles, by position
+    if rotary is None and not own:
+        return None
+    typed = not own and "layer_type" in inspect.signature(rotary.forward).parameters
     found = tuple((layers[first].fused_form.type,) if typed else () for first in firsts)
-    made = [rotary.forward(told.inputs[0], spies.POSITIONS, *more) for more in found]
+    made = [(spies.POSITIONS,)] * len(found)
+    if not own:
+        made = [rotary.forward(told.inputs[0], spies.POSITIONS, *more) for more in found]
     for kind, kwargs in zip(kinds, told.kwargs, strict=True):
         if any(kwargs[k] is not None and kwargs[k] is not False for k in kwargs.keys() - known):
             return None
-        same = all(map(torch.equal, kwargs["position_embeddings"], made[kind]))
+        given = (kwargs["position_ids"],) if own else kwargs["position_embeddings"]
+        same = all(map(torch.equal, given, made[kind]))
         if kwargs.get("attention_mask") is not None or not same:
             return None
     return found

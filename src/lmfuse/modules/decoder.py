@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lmfuse import functional
-from lmfuse.functional import DecoderLayer, DecoderLinear, PackedWeight
+from lmfuse.functional import DecoderLayer, DecoderLinear
 from lmfuse.functional._indirect import LayerPast
+from lmfuse.functional.packed import is_matrix
 from lmfuse.modules.decoder_cache import Presents, Step, UnlikeError
 from lmfuse.modules.parts import Parts
 from lmfuse.modules.quantized_linear import QuantizedLinear
@@ -125,4 +126,4 @@ def described_linear(linear: Any) -> DecoderLinear:
 
 def _runs(linear: DecoderLinear) -> bool:
     """Whether the op can multiply by this weight."""
-    return type(linear.weight) is PackedWeight or linear.weight.dtype is torch.uint8
+    return is_matrix(linear.weight) or linear.weight.dtype is torch.uint8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +10,14 @@ from torch import Tensor, nn
 from lmfuse import functional
 from lmfuse.functional.experts import ACTIVATIONS, PackedExperts
 from lmfuse.modules import probe
-from lmfuse.modules.linear import Packed
+from lmfuse.modules.linear import Packed, packed_class
 
 # Of the parameters, and how many matrices of an expert lie one below the other in each.
 PARTS = {"gate_up_proj": 2, "down_proj": 1}
+BIASES = tuple(f"{name}_bias" for name in PARTS)
+CLAMPED = "clamped_swiglu"
+_PLAIN = tuple(act for act in ACTIVATIONS if act != CLAMPED)
+MADE = "_lmfuse_bias"  # of instances: a bias, when it was read, and what was made of it
 
 
 class Experts(Packed):
@@ -33,15 +36,60 @@ class Experts(Packed):
         packed = functional.pack_experts(plain, PARTS[name], rounded)
         return nn.Parameter(packed, requires_grad=False)
 
+    def more(self) -> dict[str, Any]:
+        """What `functional.experts` is told besides the weights."""
+        return {}
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: [tokens, k]; see `lmfuse.functional.experts`."""
         gate_up: Any = self.gate_up_proj
         down: Any = self.down_proj
-        if type(gate_up) is PackedExperts and type(down) is PackedExperts:
-            return functional.experts(
-                hidden_states, top_k_index, top_k_weights, gate_up, down, self.experts_act
-            )
+        if isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
+            args = hidden_states, top_k_index, top_k_weights, gate_up, down, self.experts_act
+            return functional.experts(*args, **self.more())
         return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+
+
+class TransposedExperts(Experts):
+    """Those of gpt-oss: gate_up_proj [experts, k, 2 n], whose columns are gate's and up's in turn,
+    and down_proj [experts, n, k], each with a bias; alpha and limit of the activation."""
+
+    @classmethod
+    def packed(cls, name: str, plain: Tensor, rounded: bool = False) -> nn.Parameter:
+        """The parameter `name`, packed; it does not train."""
+        packed = functional.pack_experts(plain, PARTS[name], rounded, transposed=True)
+        return nn.Parameter(packed, requires_grad=False)
+
+    def more(self) -> dict[str, Any]:
+        """What `functional.experts` is told besides the weights."""
+        return told(self)
+
+
+def told(module: Any) -> dict[str, Any]:
+    """What gpt-oss's experts tell `functional.experts` besides the weights."""
+    bias: Any = module.gate_up_proj_bias
+    version = 0 if torch.compiler.is_compiling() or bias.is_inference() else bias._version
+    made = vars(module).get(MADE)
+    if made is None or made[0] is not bias or made[1] != version:
+        made = bias, version, halves(bias)
+        if not torch.compiler.is_compiling():
+            vars(module)[MADE] = made
+    return {
+        "gate_up_bias": made[2],
+        "down_bias": module.down_proj_bias,
+        "slope": float(module.alpha),
+        "limit": float(module.limit),
+    }
+
+
+def halves(bias: Tensor) -> Tensor:
+    """[experts, 2 n], gate's and up's elements in turn, as those of gate and then those of up."""
+    return torch.cat((bias[:, ::2], bias[:, 1::2]), 1).detach()
+
+
+def packed_kind(act: str) -> type[Experts]:
+    """Of experts with this activation."""
+    return TransposedExperts if act == CLAMPED else Experts
 
 
 def find(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
@@ -61,25 +109,37 @@ def find(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
     return known, against
 
 
-def _activation(module: nn.Module) -> str | None:
+def _activation(module: Any) -> str | None:
     """That of experts with this forward, given small random parameters, or None."""
-    if module._parameters.keys() != PARTS.keys() or "forward" in vars(module):
+    if "forward" in vars(module) or getattr(module, "_is_expert_parallel", False):
         return None
-    if getattr(module, "is_transposed", False) or getattr(module, "_is_expert_parallel", False):
-        return None
-    random, (e, k, n) = probe.generator(), (3, 8, 16)
-    gate_up = nn.Parameter(probe.random(random, e, 2 * n, k))
-    down = nn.Parameter(probe.random(random, e, k, n))
-    weights = {"gate_up_proj": gate_up, "down_proj": down}
-    x, chosen = 2 * probe.random(random, 20, k), probe.random(random, 20, e).topk(2)
-    try:
-        small = probe.copied(module, _parameters=weights, num_experts=e)
-        expected = small.forward(x, chosen.indices, chosen.values)
-    except Exception:  # it is foreign code
-        return None
-    packed = functional.pack_experts(gate_up, 2), functional.pack_experts(down)
-    for act in ACTIVATIONS:
-        ours = partial(functional.experts, gate_up=packed[0], down=packed[1], act=act)
-        if probe.agrees(expected, ours, x, chosen.indices, chosen.values):
-            return act
+    names = module._parameters.keys()
+    if names == PARTS.keys() and not getattr(module, "is_transposed", False):
+        return next((act for act in _PLAIN if _computes(module, act)), None)
+    numbers = (type(getattr(module, name, None)) in (int, float) for name in ("alpha", "limit"))
+    if names == {*PARTS, *BIASES} and all(numbers) and _computes(module, CLAMPED):
+        return CLAMPED
     return None
+
+
+def _computes(module: nn.Module, act: str) -> bool:
+    """Whether a small copy does the same with packed weights and this activation."""
+    random, (e, k, n) = probe.generator(), (3, 8, 16)
+    kind = packed_kind(act)
+    shapes = {"gate_up_proj": (2 * n, k), "down_proj": (k, n)}
+    plain: dict[str, nn.Parameter] = {}
+    for name, shape in shapes.items():
+        shape = shape[::-1] if kind is TransposedExperts else shape
+        plain[name] = nn.Parameter(probe.random(random, e, *shape))
+    for name, width in zip(BIASES, (2 * n, k), strict=True):
+        if name in module._parameters:
+            plain[name] = nn.Parameter(probe.random(random, e, width))
+    x, chosen = 2 * probe.random(random, 20, k), probe.random(random, 20, e).topk(2)
+    packed = {name: kind.packed(name, plain[name]) for name in PARTS}
+    try:
+        expected = probe.copied(module, _parameters=plain, num_experts=e).forward(x, *chosen[::-1])
+    except Exception:  # it is foreign code
+        return False
+    ours: Any = probe.copied(module, _parameters={**plain, **packed}, experts_act=act)
+    ours.__class__ = packed_class(type(module), kind)
+    return probe.agrees(expected, ours.forward, x, *chosen[::-1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lmfuse.functional import PackedWeight
-from lmfuse.modules.experts import Experts
+from lmfuse.modules.experts import MADE, packed_kind
 from lmfuse.modules.linear import Packed, packable, packed_class
 from lmfuse.modules.siblings import part_siblings
 
@@ -95,7 +95,7 @@ def _pack_experts(
     """Packs the experts called `name`, one parameter after the other."""
     module: Any = model.get_submodule(name)
     done.packed[name] = f"experts, {act}"
-    module.__class__ = packed_class(type(module), Experts)
+    module.__class__ = packed_class(type(module), packed_kind(act))
     module.experts_act = act
     for parameter in module.packed_names:
         plain = module._parameters[parameter]
@@ -117,7 +117,8 @@ def _unpack(modules: Iterable[nn.Module]) -> None:
             continue
         names = module.packed_names
         module.__class__ = type(module).packed_stock  # type: ignore[assignment]
-        vars(module).pop("experts_act", None)
+        for name in ("experts_act", MADE):
+            vars(module).pop(name, None)
         for name in names:
             weight = module._parameters[name]
             if isinstance(weight, PackedWeight):

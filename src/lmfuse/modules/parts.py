@@ -24,9 +24,10 @@ class Parts:
     looked at before each step is as little as can be.
 
     Args:
-        modules: whose hooks, parameters, children and forwards count.
+        modules: whose hooks, parameters, buffers, children and forwards count.
         owners: whose children count besides.
-        copied: parameters of which the op has copies, so that what is written into them counts.
+        copied: tensors of which the op has copies, or knows more than that they are there, so that
+            what is written into them counts.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class Parts:
         ]
         self.parents = [m._modules for m in dict.fromkeys((*owners, *each)) if m._modules]
         self.children = [dict(m) for m in self.parents]
-        owned = [(m._parameters, name) for m in each for name in m._parameters]
+        owned: list[tuple[dict[str, Any], str]]
+        owned = [(held, n) for m in each for held in (m._parameters, m._buffers) for n in held]
         self.holders, self.names = [o for o, _ in owned], [name for _, name in owned]
         self.parameters = list(map(operator.getitem, self.holders, self.names))
         self.weights: list[Any] = [p for p in self.parameters if isinstance(p, PackedWeight)]
@@ -53,7 +55,7 @@ class Parts:
         self.versions = list(map(_version, self.copied))
 
     def current(self) -> bool:
-        """Whether children and parameters are those of before."""
+        """Whether children, parameters and buffers are those of before."""
         same = operator.is_
         return (
             self.parents == self.children  # modules compare by identity

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from lmfuse import functional
 from lmfuse.functional import QuantizedFormat, _check
 from lmfuse.functional.experts import panel_rows
 from lmfuse.functional.quantized import _check_bytes
+from lmfuse.modules import experts
 
 
 class QuantizedExperts(nn.Module):
@@ -19,8 +22,11 @@ class QuantizedExperts(nn.Module):
 
     Args:
         gate_up, down: from `pack_quantized` of `expert_rows`.
-        act: "silu", "gelu" or "gelu_tanh".
+        act: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
         compute, block_scales: as for `lmfuse.functional.woq_linear`.
+        biases: gate_up_proj_bias [experts, 2 inner], gate's and up's elements in turn, and
+            down_proj_bias [experts, hidden], as gpt-oss keeps them; or None.
+        alpha, limit: slope and limit of "clamped_swiglu".
 
     Raises:
         TypeError, ValueError: not the bytes of quantized weights, or of such as do not fit.
@@ -37,6 +43,9 @@ class QuantizedExperts(nn.Module):
         act: str = "silu",
         compute: str = "bf16",
         block_scales: bool = False,
+        biases: tuple[Tensor, Tensor] | None = None,
+        alpha: float = 1.702,
+        limit: float = 7.0,
     ) -> None:
         super().__init__()
         for name, weight in (("gate_up", gate_up), ("down", down)):
@@ -56,6 +65,14 @@ class QuantizedExperts(nn.Module):
         self.format = f
         self.register_buffer("gate_up", gate_up)
         self.register_buffer("down", down)
+        self.alpha, self.limit = alpha, limit
+        for name, bias in zip(experts.BIASES, biases or (None, None), strict=True):
+            kept = None if bias is None else nn.Parameter(bias, requires_grad=False)
+            self.register_parameter(name, kept)
+
+    def more(self) -> dict[str, Any]:
+        """What `functional.experts` is told besides the weights."""
+        return {} if self.gate_up_proj_bias is None else experts.told(self)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: [tokens, hidden]; see `lmfuse.functional.experts`."""
@@ -73,6 +90,7 @@ class QuantizedExperts(nn.Module):
             inner_features=self.inner_features,
             compute=self.compute,
             block_scales=self.block_scales,
+            **self.more(),
         )
 
     def dequantize(self) -> tuple[Tensor, Tensor]:

@@ -128,11 +128,14 @@ def quantized_layer(
         ValueError: a weight that holds NaN or infinity; names the layer.
     """
     if act is not None:
+        turned = act == experts.CLAMPED
         packed_parts = [
-            pack_weight(f"{name}.{part}", getattr(module, part), config, parts)
+            pack_weight(f"{name}.{part}", getattr(module, part), config, parts, turned)
             for part, parts in experts.PARTS.items()
         ]
-        return quantized_experts(packed_parts, act, config, layer_compute(config), module.training)
+        compute = layer_compute(config)
+        mixture = quantized_experts(packed_parts, act, config, compute, module)
+        return mixture.train(module.training)
     shared = {} if shared is None else shared
     weight: Any = module.weight
     if id(weight) not in shared:
@@ -148,25 +151,32 @@ def quantized_layer(
 
 
 def quantized_experts(
-    packed: list[Tensor], act: str, config: WeightOnlyConfig, compute: str, training: bool = False
-) -> nn.Module:
-    """Experts over the bytes of gate_up and down."""
-    made = QuantizedExperts(packed[0], packed[1], act, compute, config.block_scales)
-    return made.train(training)
+    packed: list[Tensor], act: str, config: WeightOnlyConfig, compute: str, like: Any
+) -> QuantizedExperts:
+    """Experts over the bytes of gate_up and down; what else there is, is that of `like`."""
+    how = packed[0], packed[1], act, compute, config.block_scales
+    if act != experts.CLAMPED:
+        return QuantizedExperts(*how)
+    biases = [getattr(like, name).detach().clone() for name in experts.BIASES]
+    return QuantizedExperts(*how, (biases[0], biases[1]), float(like.alpha), float(like.limit))
 
 
 def pack_weight(
-    name: str, weight: Tensor, config: WeightOnlyConfig, parts: int | None = None
+    name: str,
+    weight: Tensor,
+    config: WeightOnlyConfig,
+    parts: int | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """The bytes of a weight [n, k], quantized as `config` says, or of experts [experts, parts · n,
-    k].
+    k], or transposed.
 
     Raises:
         ValueError: a weight that holds NaN or infinity; calls it `name`.
     """
     plain = weight.unpack() if isinstance(weight, PackedWeight) else weight.detach()
     if parts is not None:
-        plain = expert_rows(plain, parts)
+        plain = expert_rows(plain, parts, transposed)
     named = config.scale_dtype or ("float32" if config.group_size == -1 else "bfloat16")
     dtype = getattr(torch, named)
     kind = str(config.kind)

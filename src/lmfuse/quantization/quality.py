@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmfuse.functional.experts import expert_matrices
 from lmfuse.modules import QuantizedExperts, QuantizedLinear
-from lmfuse.modules.experts import PARTS
+from lmfuse.modules.experts import CLAMPED, PARTS
 
 _LAYER_TOKENS = 128
 
@@ -125,8 +126,10 @@ def _weight_error(layer: QuantizedLinear | QuantizedExperts, stock: Any) -> floa
     if isinstance(layer, QuantizedLinear):
         return _relative(layer.dequantize() - stock.weight.float(), stock.weight.float())
     error = norm = 0.0
-    for values, name in zip(layer.dequantize(), PARTS, strict=True):
+    for values, (name, parts) in zip(layer.dequantize(), PARTS.items(), strict=True):
         weight = getattr(stock, name).float()
+        if layer.act == CLAMPED:
+            weight = expert_matrices(weight, parts).flatten(1, 2)
         error += float((values - weight).square().sum())
         norm += float(weight.square().sum())
     return math.sqrt(error / max(norm, 1e-60))

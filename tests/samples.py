@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lmfuse import functional as F
+from lmfuse.functional.experts import ACTIVATIONS
 
 
 def _x() -> Tensor:
@@ -209,12 +210,18 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
             torch.tensor([[0, 2], [2, 1], [1, 0], [0, 2], [2, 0]]),
             torch.rand(5, 2),
             *weights,
+            *biases,
             20,
             36,
             how,
             act,
+            1.7,
+            7.0,
         )
-        for act in (0, 1)
+        for act, biases in (
+            (0, (None, None)),
+            (len(ACTIVATIONS) - 1, (torch.randn(3, 40), torch.randn(3, 36))),
+        )
         for how, weights in (
             (
                 -1,

@@ -299,7 +299,10 @@ def _check_experts(
             f"gate_up has {gate_up.shape[0] // 2} experts, but down has {down.shape[0]}"
         )
     for name, bias, width in (("gate_up_bias", gate_up_bias, 2 * n), ("down_bias", down_bias, k)):
-        if bias is not None and (_check.held(name, bias).dim() != 2 or bias.shape[1] != width):
+        if bias is None:
+            continue
+        _check.tensor(name, bias)
+        if bias.dim() != 2 or bias.shape[1] != width:
             raise ValueError(
                 f"{name} has shape {tuple(bias.shape)}, but must be [experts, {width}]"
             )

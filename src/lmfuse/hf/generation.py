@@ -12,7 +12,17 @@ from lmfuse.generation.cache import Cache, Layer
 from lmfuse.generation.processors import quickened
 from lmfuse.generation.search import SharesPrompts
 from lmfuse.generation.tuples import TupleCache, placeholders
-from lmfuse.hf import attention, attention_modules, config, decoder, loop, step, step_parts, swap
+from lmfuse.hf import (
+    attention,
+    attention_modules,
+    config,
+    decoder,
+    decoder_join,
+    loop,
+    step,
+    step_parts,
+    swap,
+)
 from lmfuse.hf.inputs import Explains
 from lmfuse.hf.tracing import TakesTuples, forget_graphs
 
@@ -140,7 +150,7 @@ def join(model: nn.Module, done: swap.Report) -> None:
         if isinstance(root, GenerationMixin) and root.can_generate():
             swap.put(root, swap.Swap(swap.subclass(FusedGeneration, type(root)), "generate"))
             generating.append(root)
-    decoder.join(model, done)
+    decoder_join.join(model, done)
     for root in generating:
         if (form := step_parts.find(root)) is not None:
             stock = type(root).fused_stock  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ runs of the decoder op transformers looks at a lot: 1.5 ms in SmolLM2, on a Zen 
 one op, or the embedding, the angles, the layers, the norm and the head, called as the model's own
 forward calls them, where trying has shown that it does nothing else (`hf/step_parts.py`), and while
 nobody looks at it; and its inputs are made of those of the step before in three operations, not in
-twelve. With the loop around it (`hf/loop.py`) 0.35 ms are left of the 1.5.
+twelve. With the loop around it (`hf/loop.py`) 0.25 ms are left of the 1.5.
 """
 
 from __future__ import annotations

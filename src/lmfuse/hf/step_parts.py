@@ -117,12 +117,15 @@ class StepParts:
             return last < len(cos)
         if dtype is None or not isinstance(rotary, FusedRotary) or Parts([rotary]).watched():
             return False
+        tables: tuple[list[Tensor], list[Tensor]] = [], []
         for more, form in zip(self.angles, self.stack.kinds, strict=True):
             found = rotary.tables(dtype, last, *more)
-            if found is None or found[0].shape[-1] * form.table_times != form.rotary_dim:
+            width = 0 if found is None else found[0].shape[-1] * form.table_times
+            if found is None or width != (form.rotary_dim or width):  # 0: of layers without RoPE
                 return False
-            for table, kept in zip(found, self.tables, strict=True):
+            for table, kept in zip(found, tables, strict=True):
                 kept.append(table[:, :: form.table_step].contiguous())
+        self.tables = tables
         return True
 
     def _ends(self, embedded: list[tuple[str, float]]) -> functional.DecoderEnds | None:

@@ -9,7 +9,7 @@ only: no backward.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -113,26 +113,7 @@ class DecoderEnds:
         self.vocabulary = _out_features(head.weight)
         parameters: list[Tensor] = []
         place = placing(parameters)
-        if isinstance(embedding, PackedWeight):
-            integers, self.dtype = [0, place(embedding.packed), -1], embedding.packed_dtype
-        elif (
-            getattr(embedding, "dtype", None) is torch.uint8
-        ):  # read as values, whatever a product computes in
-            integers = [0, place(embedding), 0]
-            weight = None if norm is None else norm.weight
-            self.dtype = torch.float32 if weight is None else weight.dtype
-        elif (
-            _check.held("embedding", embedding).dim() != 2
-            or not embedding.is_contiguous()
-            or not embedding.numel()
-        ):
-            raise ValueError(
-                f"embedding has shape {tuple(embedding.shape)} and strides {embedding.stride()}, "
-                "but must be a contiguous matrix"
-            )
-        else:
-            integers = [embedding.shape[1], place(embedding.detach().view(-1)), -1]
-            self.dtype = embedding.dtype
+        integers, self.dtype = _embedding_row(embedding, norm, place)
         of_norm, numbers = norm_row(norm, place)
         layout = [*integers, *of_norm, *linear_row("head", head, place)]
         floats = torch.tensor([[*numbers, scale]], dtype=torch.float64)
@@ -151,6 +132,27 @@ class DecoderEnds:
             )
         weakref.finalize(self, _close_ends, self._number).atexit = False
         _ends[self._number] = self
+
+
+def _embedding_row(
+    embedding: PackedWeight | Tensor,
+    norm: DecoderNorm | None,
+    place: Callable[[Tensor | None], int],
+) -> tuple[list[int], torch.dtype]:
+    """The integers of an embedding, and the dtype of what it gives."""
+    if isinstance(embedding, PackedWeight):
+        return [0, place(embedding.packed), -1], embedding.packed_dtype
+    if getattr(embedding, "dtype", None) is torch.uint8:
+        weight = None if norm is None else norm.weight
+        # 0: its rows are read as values, whatever a product computes in.
+        return [0, place(embedding), 0], torch.float32 if weight is None else weight.dtype
+    _check.held("embedding", embedding)
+    if embedding.dim() != 2 or not embedding.is_contiguous() or not embedding.numel():
+        raise ValueError(
+            f"embedding has shape {tuple(embedding.shape)} and strides {embedding.stride()}, "
+            "but must be a contiguous matrix"
+        )
+    return [embedding.shape[1], place(embedding.detach().view(-1)), -1], embedding.dtype
 
 
 # Those that live, for the fake, which is given their numbers.
@@ -225,12 +227,12 @@ def decoder(
         TypeError, ValueError: sizes or dtypes that do not belong together, or a gradient is asked
             for; nothing is written.
     """
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
-        raise ValueError(
-            "hidden_states requires grad, but decoder has no backward: lmfuse is for "
-            "inference. Run the forward under torch.no_grad()"
-        )
     if torch.is_grad_enabled():
+        if hidden_states.requires_grad:
+            raise ValueError(
+                "hidden_states requires grad, but decoder has no backward: lmfuse is for "
+                "inference. Run the forward under torch.no_grad()"
+            )
         with torch.no_grad():
             return decoder(hidden_states, stack, caches, slots, block_tables, cu_seqlens, cos, sin)
     if isinstance(slots, Tensor):

@@ -182,7 +182,8 @@ def quantized_format(packed: Tensor) -> QuantizedFormat:
 
 def copy_quantized(packed: Tensor) -> Tensor:
     """The same bytes in memory of their own, in pages of 2 MB as `pack_quantized` makes them: from
-    there a row is multiplied 7 to 12 % faster than from a view into a file, or its clone.
+    there a row is multiplied 4 to 12 % faster than from a clone, and 15 % than from a view into a
+    file, which is aligned to 8 bytes (8 weights of 32 MB, on a Zen 4).
 
     Raises:
         TypeError, ValueError: not the bytes of a quantized weight.

@@ -330,10 +330,11 @@ class _Run:
             return None
         form, (batch, count) = self.kinds[0], shape
         slots = [held[first].slots for first in self.firsts]
-        before = held[0].seen
+        before, dtype = held[0].seen, self.dtype
+        assert dtype is not None  # there is a stack
         try:
-            sizes = form.kv_heads, form.head_dim, self.dtype
-            result = run(cache.extend(held, batch, count, *sizes), slots)  # type: ignore[arg-type]
+            arenas = cache.extend(held, batch, count, form.kv_heads, form.head_dim, dtype)
+            result = run(arenas, slots)
         except BaseException:
             for each in slots:
                 each.crop(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,9 @@ if target:
 def measure(how: str, source: Path, target: Path | None = None) -> tuple[int, int]:
     """By how much the peak is above what was there before, and the size of the quantized model."""
     command = [sys.executable, "-c", _MEASURE, how, str(source), str(target or "")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # What is freed is given back at once: glibc keeps 5 to 50 MB of it, as threads happen to run.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peak, size = map(int, done.stdout.split()[-2:])
     return peak, size
 
@@ -73,9 +76,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_memory(folder: Path, tmp_path: Path) -> None:
-    """Beside the models: slices of a layer, of 8 MB, in float32, and what an allocator keeps."""
+    """Beside the models: one layer, of 8 MB, and the slices of it in float32."""
     source = (folder / "model.safetensors").stat().st_size
-    beside = 40 << 20
+    beside = 16 << 20
     peak, size = measure("quantize", folder)
     assert source > 130 << 20 > 3 * size
     assert peak < source + size + beside

@@ -52,9 +52,9 @@ void straight(const GemmArgs& a, const RowTiles& rows, int64_t first, int64_t la
       const int64_t r = rows.first(t);
       for (int64_t w = 0; w < weights.count; ++w) {
         const char* b = weights.at(w, p);
-        const Ahead ahead =
-            rows.count == 1 ? Ahead::within(b)
-                            : Ahead::of_next(weights.after(w, p), weights.panel, t, rows.count);
+        const Ahead ahead = rows.count == 1
+                                ? Ahead::within(b)
+                                : Ahead::of_next(weights.after(w, p), weights.panel, t, rows.count);
         tile.run(x + r * a.lda, a.lda, b, k, acc[w], false, ahead);
       }
       finish(a, {tile.rows(), 0, tile.rows().count, r, p}, acc[0], acc[1]);

@@ -87,7 +87,7 @@ LMFUSE_INLINE void bf16_blocks(const WoqStep& s, const Decoder& decode, WoqBlock
     const bool last = k + Decoder::kColumns >= length;
 #pragma GCC unroll 4
     for (int i = 0; i < kBlocks; ++i) {
-      fetch_codes(fetched);
+      fetch_slow_codes(fetched);
       fetched += 128;
       const char* codes = b[i];
       b[i] += 128;
@@ -103,8 +103,8 @@ LMFUSE_INLINE void bf16_blocks(const WoqStep& s, const Decoder& decode, WoqBlock
     }
     x.advance(2 * Decoder::kColumns);
   }
-  for (; fetched < b[kBlocks - 1] + apart; fetched += 128) fetch_codes(fetched);
-  WoqSums<R, true> sums(s.sum, true);
+  for (; fetched < b[kBlocks - 1] + apart; fetched += 128) fetch_slow_codes(fetched);
+  WoqSums<R, (kBlocks > 1)> sums(s.sum, true);
 #pragma GCC unroll 4
   for (int i = 0; i < kBlocks; ++i)
     add_bf16_block<R, false>(s, {first + i, 0, 0, 0, scales[i], 0}, sums, acc[i]);

@@ -133,7 +133,7 @@ LMFUSE_INLINE Vec add_scaled(const WoqScales& w, int v, Vec z, float x_sum, floa
 template <int R, bool kKept>
 class WoqSums {
  public:
-  LMFUSE_INLINE explicit WoqSums(float* to) : to_(to) {}
+  LMFUSE_INLINE explicit WoqSums(float* to, bool = true) : to_(to) {}
   LMFUSE_INLINE Vec get(int r, int v) const { return load(to_ + r * kPanel + v * kLanes); }
   LMFUSE_INLINE void set(int r, int v, Vec sum) { store(to_ + r * kPanel + v * kLanes, sum); }
   // Else GCC 12 loads all sums first, and puts them on the stack.

@@ -204,7 +204,7 @@ void int8_panel(const WoqStep& s) {
   for (WoqBlocks at = s.at; at; ++at) {
     const WoqBlock block(*at, s.panel);
     if (!s.codes) b = block.codes;
-    if constexpr (kHere) fetch_ahead(b - 128);  // the scales
+    if constexpr (kHere) fetch_codes(b - 128);  // the scales
     const float* x_sums = s.x_sums((*at).index);
     alignas(64) int32_t start[16];
     for (int r = 0; r < R; ++r) start[r] = factor * static_cast<int32_t>(x_sums[r]);
@@ -218,7 +218,7 @@ void int8_panel(const WoqStep& s) {
     XRows<R> x(x0 + block.k0, a.lda);
     for (int64_t k = block.k; k > 0; k -= Codes::kColumns) {
       if constexpr (kHere) {
-        fetch_ahead(b);
+        fetch_codes(b);
       } else {
         ahead.step();
       }

@@ -1,5 +1,6 @@
 // A micro-kernel: the limits of the machine, as the best loops that reach them. What a benchmark
 // calls "85 % of the copy bandwidth" is measured with these, in the same process.
+#include "fetch.h"
 #include "loops.h"
 #include "tiles.h"
 
@@ -118,14 +119,15 @@ int64_t peak_dot(int64_t rounds) {
 }  // namespace
 
 void limit_read(const ReadArgs& a, int64_t begin, int64_t end) {
-  constexpr int kUnroll = 8;
+  constexpr int kUnroll = 8, kFetched = 128 / sizeof(float);
   Vec s[kUnroll];
 #pragma GCC unroll 8
   for (int i = 0; i < kUnroll; ++i) s[i] = broadcast(0.0f);
   for (int64_t at = begin * kPage; at < end * kPage; at += kUnroll * kLanes) {
 #pragma GCC unroll 8
     for (int i = 0; i < kUnroll; ++i) {
-      prefetch_line(a.x + at, i * kLanes);
+      if (i * kLanes % kFetched == 0)
+        fetch_ahead(reinterpret_cast<const char*>(a.x + at + i * kLanes));
       s[i] = s[i] + load(a.x + at + i * kLanes);
     }
   }

@@ -340,6 +340,10 @@ CALLS: dict[str, Call] = {
         lambda: {"embedding": torch.randn(40, 32), "weight": torch.rand(32)},
     ),
     "argmax": (F.argmax, lambda: {"x": torch.randn(3, 40)}),
+    "top sums": (
+        F.top_sums,
+        lambda: {"x": torch.randn(2, 3, 40), "add": torch.randn(2, 3), "k": 4},
+    ),
     "rms norm": (F.rms_norm, lambda: _norm("hidden_states", "weight", eps=1e-6)),
     "layer norm": (F.layer_norm, lambda: _norm("hidden_states", "weight", "bias")),
     "add rms norm": (F.add_rms_norm, lambda: _norm("residual", "x", "weight", add_back=True)),

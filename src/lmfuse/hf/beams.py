@@ -58,7 +58,7 @@ def search(
         or synced_gpus
         or not ordinary(model, _METHODS)
         or hasattr(model, "_reorder_cache")
-        or not understood(generation_config, stopping_criteria, model_kwargs)
+        or not understood(steps, generation_config, stopping_criteria, model_kwargs)
         or not _fits(input_ids, generation_config, stopping_criteria)
     ):
         return stock(

@@ -53,7 +53,7 @@ def sample(
         steps is None
         or synced_gpus
         or not ordinary(model, _METHODS)
-        or not understood(generation_config, stopping_criteria, model_kwargs)
+        or not understood(steps, generation_config, stopping_criteria, model_kwargs)
     ):
         return stock(
             input_ids,
@@ -78,7 +78,7 @@ def ordinary(model: Any, methods: Sequence[str]) -> bool:
     )
 
 
-def understood(settings: Any, criteria: Any, model_kwargs: dict[str, Any]) -> bool:
+def understood(steps: step.Run, settings: Any, criteria: Any, model_kwargs: dict[str, Any]) -> bool:
     """Whether nothing is asked for that the loops here do not do."""
     looks = settings.return_dict_in_generate and (
         settings.output_attentions or settings.output_hidden_states
@@ -89,7 +89,7 @@ def understood(settings: Any, criteria: Any, model_kwargs: dict[str, Any]) -> bo
         and not (ends and settings._pad_token_tensor is None)
         and settings.compile_config is None
         and type(model_kwargs.get("past_key_values")) is Cache
-        and model_kwargs.get("position_ids") is not None
+        and steps.told(model_kwargs.get("position_ids"))
         and model_kwargs.get("use_cache") is True
         and model_kwargs.keys() <= step.KNOWN
     )

@@ -14,7 +14,13 @@ struct FewPart {
   int64_t heads, bytes, head_step;
   bool apart;
 
-  int64_t run() const { return (heads - 1) * head_step + bytes; }
+  // Of a position, all heads.
+  int64_t run() const { return heads * bytes; }
+  // The same lines of memory; heads that lie beside each other at a position are one long row.
+  FewPart lines_of(const ChunkRows& those) const {
+    if (head_step != bytes) return {&those, heads, bytes, head_step, apart};
+    return {&those, 1, heads * bytes, heads * bytes, apart};
+  }
 };
 
 // The keys of a chunk, its values, and the first of the next keys, fetched strictly one line after
@@ -23,8 +29,8 @@ template <int64_t kDistance>
 class LinesFrom {
  public:
   LinesFrom(FewPart keys, FewPart values, const ChunkRows& next_keys)
-      : rows_{keys.rows, values.rows, &next_keys}, run_{keys.run(), values.run(), keys.run()} {
-    const int64_t lead = kPanel + kDistance / run_[0], count = keys.rows->count;
+      : parts_{keys.lines_of(*keys.rows), values.lines_of(*values.rows), keys.lines_of(next_keys)} {
+    const int64_t lead = kPanel + kDistance / keys.run(), count = keys.rows->count;
     row_ = keys.rows->row + smaller(lead, count);
     last_ = keys.rows->row + count;
   }
@@ -47,29 +53,42 @@ class LinesFrom {
   }
 
  private:
-  // Rows that lie one after the other.
+  // Rows that lie one after the other, and then the same ones of the next head.
   __attribute__((noinline)) bool find_run() {
+    if (heads_left_ > 0) {
+      --heads_left_;
+      first_ += parts_[part_].head_step;
+      at_ = first_;
+      end_ = first_ + size_;
+      return true;
+    }
     while (row_ == last_) {
       at_ = end_ = nullptr;
       if (part_ == 2) return false;
-      const ChunkRows& next = *rows_[++part_];
+      const ChunkRows& next = *parts_[++part_].rows;
       row_ = next.row;
       last_ = row_ + next.count;
     }
-    const int64_t bytes = run_[part_];
+    const FewPart& part = parts_[part_];
     constexpr int64_t kMany = 8;  // told by the last of them: row by row takes 4 ns/KB
-    at_ = end_ = *row_;
-    for (; last_ - row_ >= kMany && row_[kMany - 1] == end_ + (kMany - 1) * bytes; row_ += kMany)
-      end_ += kMany * bytes;
-    for (; row_ != last_ && *row_ == end_; ++row_) end_ += bytes;
+    first_ = at_ = end_ = *row_;
+    for (; last_ - row_ >= kMany && row_[kMany - 1] == end_ + (kMany - 1) * part.bytes;
+         row_ += kMany)
+      end_ += kMany * part.bytes;
+    for (; row_ != last_ && *row_ == end_; ++row_) end_ += part.bytes;
+    size_ = end_ - first_;
+    heads_left_ = part.heads - 1;
+    if (size_ == part.head_step) {  // a whole block
+      end_ += heads_left_ * size_;
+      heads_left_ = 0;
+    }
     return true;
   }
 
-  const ChunkRows* rows_[3];
-  int64_t run_[3];
-  int64_t part_ = 0;
+  FewPart parts_[3];
+  int64_t part_ = 0, size_ = 0, heads_left_ = 0;
   const char *const *row_, *const *last_;
-  const char *at_ = nullptr, *end_ = nullptr;
+  const char *first_ = nullptr, *at_ = nullptr, *end_ = nullptr;
 };
 
 // Fetches into the second-level cache, further ahead while weights are computed: columns of rows

@@ -11,15 +11,18 @@
 namespace lmfuse::LMFUSE_ISA {
 namespace {
 
-// Heads whose rows lie beside each other at each position, as in [positions, heads, dim], are
-// computed together, up to a run of kRun bytes: head by head, such a cache gives up a line or two
-// at a stride that falls into few sets of the processor's caches. 1: as they lie, head by head.
+// Heads that lie beside each other are computed together: a position's, as in [positions, heads,
+// dim], up to a run of kRun bytes (head by head, such a cache gives up a line or two at a stride
+// that falls into few sets of the processor's caches), or those of a short block, as in [blocks,
+// heads, block, dim]. 1: as they lie, head by head.
 constexpr int64_t kMostTogether = 16;
 inline int64_t heads_together(const AttentionArgs& a) {
-  constexpr int64_t kRun = 2048;
-  const auto heads = [](const KvSource& from, int64_t dim) -> int64_t {
-    if (from.stride.head != dim || from.stride.token <= dim) return 1;
-    return kRun / (dim * kv_bytes(from.type));
+  constexpr int64_t kRun = 2048, kShortBlock = 8192;
+  const auto heads = [&](const KvSource& from, int64_t dim) -> int64_t {
+    const int64_t bytes = dim * kv_bytes(from.type);
+    if (from.stride.token > dim && from.stride.head == dim) return kRun / bytes;
+    const bool in_block = from.stride.token == dim && from.stride.head == dim * a.block;
+    return in_block && a.block * bytes <= kShortBlock ? kMostTogether : 1;
   };
   const int64_t n = smaller(heads(a.key, a.dim), heads(a.value, a.value_dim));
   const int64_t most = smaller(smaller(n, a.kv_heads), kMostTogether);

@@ -18,10 +18,9 @@ namespace {
 class FetchAhead {
  public:
   FetchAhead(FewPart keys, FewPart values, const ChunkRows& next_keys)
-      : rows_{keys.rows, values.rows, &next_keys},
-        run_{keys.run(), values.run(), keys.run()},
+      : parts_{keys.lines_of(*keys.rows), values.lines_of(*values.rows), keys.lines_of(next_keys)},
         heads_(keys.heads) {
-    const int64_t lead = (heads_ > 1 ? kPanel : 0) + kDistance / run_[0] +
+    const int64_t lead = (heads_ > 1 ? kPanel : 0) + kDistance / keys.run() +
                          kOfWeights;  // fetched with the chunk before
     const int64_t count = keys.rows->count;
     row_ = keys.rows->row + (lead < count ? lead : count);
@@ -37,20 +36,22 @@ class FetchAhead {
     for (credit_ += rows; credit_ >= kOne * heads_; credit_ -= kOne * heads_) {
       while (row_ == end_) {
         if (part_ == 2) return;
-        const ChunkRows& next = *rows_[++part_];
+        const ChunkRows& next = *parts_[++part_].rows;
         row_ = next.row;
         end_ = row_ + next.count;
       }
-      for (int64_t i = 0; i < run_[part_]; i += 64) __builtin_prefetch(*row_ + i, 0, kLocality);
+      const FewPart& part = parts_[part_];
+      for (int64_t h = 0; h < part.heads; ++h)
+        for (int64_t i = 0; i < part.bytes; i += 64)
+          __builtin_prefetch(*row_ + h * part.head_step + i, 0, kLocality);
       ++row_;
     }
   }
 
  private:
   static constexpr int64_t kDistance = 8192;
-  const ChunkRows* rows_[3];
-  int64_t run_[3], heads_;
-  int64_t part_ = 0, credit_ = 0;
+  FewPart parts_[3];
+  int64_t heads_, part_ = 0, credit_ = 0;
   const char *const *row_, *const *end_;
 };
 

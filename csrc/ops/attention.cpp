@@ -297,6 +297,12 @@ void attention_paged(Tensor query, Tensor key_cache, Tensor value_cache, Tensor 
   run(a, plan);
 }
 
+int32_t column_in(int64_t named, int64_t batch, int64_t position) {
+  LMFUSE_CHECK_VALUE(named >= 0 && named < batch, "the beam indices of layer_past name row ", named,
+                     " at position ", position, ", but the batch has ", batch, " rows");
+  return static_cast<int32_t>(named);
+}
+
 // For each position of each row of the batch the column of the cache that holds it. Column i at
 // position len - 1 is that which beam_idx[len - 1, i] names, and so back to the first position; the
 // positions of a shared prompt are in the first column of its beams.
@@ -311,17 +317,20 @@ std::vector<int32_t> columns_of(const Tensor& beam_idx, int64_t rows, int64_t ba
                      " rows and a batch of ", batch);
   const int64_t beams = batch / prompts;
   const int64_t shared = beams > 1 ? std::min(prompt_len, past) : 0;
-  std::vector<int32_t> columns(batch * kv_len);
+  std::vector<int32_t> columns(batch * kv_len), column(batch);
   for (int64_t i = 0; i < batch; ++i) {
     int32_t* mine = columns.data() + i * kv_len;
     std::fill(mine, mine + shared, static_cast<int32_t>(i / beams * beams));
     std::fill(mine + past, mine + kv_len, static_cast<int32_t>(i));
-    int64_t column = i;
-    for (int64_t t = past - 1; t >= shared; --t) {
-      column = at[t * batch + column];
-      LMFUSE_CHECK_VALUE(column >= 0 && column < batch, "the beam indices of layer_past name row ",
-                         column, " at position ", t, ", but the batch has ", batch, " rows");
-      mine[t] = static_cast<int32_t>(column);
+    column[i] = static_cast<int32_t>(i);
+  }
+  for (int64_t t = past - 1; t >= shared; --t) {
+    const int64_t* named = at + t * batch;
+    bool stay = true;  // most do, and then no read waits for the one before it
+    for (int64_t i = 0; i < batch; ++i) stay &= named[i] == i;
+    for (int64_t i = 0; i < batch; ++i) {
+      if (!stay) column[i] = column_in(named[column[i]], batch, t);
+      columns[i * kv_len + t] = column[i];
     }
   }
   return columns;

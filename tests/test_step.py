@@ -111,15 +111,30 @@ def test_bits_of_the_forward(
     assert counting.whole == 8
 
 
-def test_rows_for_positions_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_for_positions_that_come_later() -> None:
     """Of a model that is optimized while they are zero."""
-    counting = Counting(monkeypatch)
     stock, other = make("gpt2"), make("gpt2")
     stock.transformer.wpe.weight.data.zero_()
     model = lmfuse.optimize(stock, inplace=True)
     model.load_state_dict(other.state_dict())
     assert torch.equal(generate(model), generate(other))
-    assert counting.whole == 8
+
+
+def test_rows_for_positions_of_another_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(monkeypatch)
+
+    class Turned(torch.nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(self.num_embeddings - 1 - ids)
+
+    stock = make("gpt2")
+    model = lmfuse.optimize(stock)
+    for each in (stock, model):
+        table = Turned(*each.transformer.wpe.weight.shape)
+        table.weight = each.transformer.wpe.weight
+        each.transformer.wpe = table
+    assert torch.equal(generate(model), generate(stock))
+    assert not counting.count
 
 
 def test_positions_beyond_their_rows() -> None:

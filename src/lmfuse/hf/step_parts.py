@@ -53,7 +53,8 @@ class Form:
     angles: tuple[tuple[str, ...], ...] = ()
     placed: bool = True  # whether anything but attention depends on where a token is
     positions: str | None = None  # an embedding whose rows are added to that of the token,
-    first_position: int = 0  # from this one on
+    first_position: int = 0  # from this one on; it is
+    rows_of: type | None = None  # one of these
     embedding_norm: str | None = None  # of what the first layer reads
 
 
@@ -169,7 +170,8 @@ class StepParts:
             return None
         before = None
         if self.embedding_norm is not None:
-            if Parts([self.embedding_norm]).watched():
+            ours = isinstance(self.embedding_norm, (FusedNorm, FusedLayerNorm))
+            if not ours or Parts([self.embedding_norm]).watched():
                 return None
             before = described_norm(self.embedding_norm)
         return functional.DecoderEnds(
@@ -235,6 +237,8 @@ def look(model: Any) -> StepParts | None:
     for module in (model, model.base_model, base, *others):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return None
+    if form.positions and type(model.get_submodule(form.positions)) is not form.rows_of:
+        return None
     owner: Any = next(k for k in type(base).__mro__ if "forward" in vars(k))
     forward = owner.forward
     own = forward.__module__ == owner.__module__
@@ -350,13 +354,18 @@ def _before(
     """What is done to the embedding before the first layer; and the form, with the rows for
     positions and the norm that are part of it."""
     x, given = told.copy.get_submodule(form.embedding).forward(spies.IDS), told.inputs[0]
-    # Rows of zeros would change nothing here, but may be others later: so they come first.
     for name, table in _inside(model, form, nn.Embedding):
         first = int(getattr(table, "offset", 0))
-        if name != form.embedding and table.embedding_dim == x.shape[-1]:
-            rows = nn.functional.embedding(spies.POSITIONS + first, table.weight)
-            if torch.equal(x + rows, given):
-                return (), replace(form, positions=name, first_position=first)
+        size = table.num_embeddings, table.embedding_dim
+        enough = size[0] > first + int(spies.POSITIONS.max()) and size[1] == x.shape[-1]
+        if name == form.embedding or not enough or table.max_norm is not None:
+            continue
+        rows = nn.functional.embedding(spies.POSITIONS + first, table.weight)
+        if not rows.any():
+            return None, form  # which may be others later, and say nothing now
+        if torch.equal(x + rows, given):
+            of = type(table)
+            return (), replace(form, positions=name, first_position=first, rows_of=of)
     for name, norm in _inside(model, form, (FusedNorm, FusedLayerNorm)):
         if name != form.norm and torch.equal(norm.forward(x), given):
             return (), replace(form, embedding_norm=name)

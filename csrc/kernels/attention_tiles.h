@@ -43,7 +43,7 @@ class FetchAhead {
       const FewPart& part = parts_[part_];
       for (int64_t h = 0; h < part.heads; ++h)
         for (int64_t i = 0; i < part.bytes; i += 64)
-          __builtin_prefetch(*row_ + h * part.head_step + i, 0, kLocality);
+          __builtin_prefetch(*row_ + h * part.head_step + i, 0, 2);
       ++row_;
     }
   }

@@ -33,8 +33,7 @@ void pairs(const GemmArgs& a, int64_t row, int64_t first, int64_t last) {
   alignas(64) float acc[2][kPanel];
   for (int64_t p = first; p < last; ++p) {
     const char* const b[] = {weights.at(0, p), weights.at(1, p)};
-    Ahead ahead[] = {Ahead::within(b[0], weights.panel, weights.at(0, p + 1), false),
-                     Ahead::within(b[1], weights.panel, weights.at(1, p + 1), false)};
+    Ahead ahead[] = {Ahead::within(b[0]), Ahead::within(b[1])};
     Tile::run_pair(x, b, k, {acc[0], acc[1]}, ahead);
     finish(a, {{1, 1, 0}, 0, 1, row, p}, acc[0], acc[1]);
   }
@@ -52,10 +51,10 @@ void straight(const GemmArgs& a, const RowTiles& rows, int64_t first, int64_t la
     for (int64_t t = 0; t < rows.count; ++t) {
       const int64_t r = rows.first(t);
       for (int64_t w = 0; w < weights.count; ++w) {
-        const char *b = weights.at(w, p), *next = weights.after(w, p);
+        const char* b = weights.at(w, p);
         const Ahead ahead = rows.count == 1
-                                ? Ahead::within(b, weights.panel, next, Tile::dense(rows.height))
-                                : Ahead::of_next(next, weights.panel, t, rows.count);
+                                ? Ahead::within(b)
+                                : Ahead::of_next(weights.after(w, p), weights.panel, t, rows.count);
         tile.run(x + r * a.lda, a.lda, b, k, acc[w], false, ahead);
       }
       finish(a, {tile.rows(), 0, tile.rows().count, r, p}, acc[0], acc[1]);

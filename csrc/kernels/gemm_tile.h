@@ -13,7 +13,6 @@
 //   run(x, lda, b, k, acc, resume, ahead)   acc[rows][32] = (resume ? acc : 0) + x[rows][k]
 //   b[k][32]
 //   rows()            which row of acc holds which row of x
-//   dense(rows)       whether a line of b takes long (see kFetchFar)
 #pragma once
 
 #include "loops.h"
@@ -32,56 +31,56 @@ struct TileRows {
 
 constexpr int64_t kWhole = int64_t{1} << 40;
 
-// Into which cache what is read soon is fetched. AMX machines (Sapphire Rapids on) read 10 to 15 %
-// faster into the second level, whose misses do not hold the sixteen line buffers of the first; Zen
-// 5 reads 15 % slower so.
-#if defined(LMFUSE_TILES)
-constexpr int kLocality = 2;
-#else
-constexpr int kLocality = 3;
-#endif
-template <int kInto = kLocality>
+// What will be read soon is fetched by the 128 bytes, so far ahead of `at`.
+template <int kInto, int64_t... kDistances>
 LMFUSE_INLINE void fetch_lines(const char* at) {
-  __builtin_prefetch(at, 0, kInto);
-  __builtin_prefetch(at + 64, 0, kInto);
+  ((__builtin_prefetch(at + kDistances, 0, kInto),
+    __builtin_prefetch(at + kDistances + 64, 0, kInto)),
+   ...);
 }
 
-// Where a line takes some operations (kDense: about six of 512 bits), loads run less far ahead by
-// themselves: then into the second level, far ahead, and from there a little ahead into the first.
-// Zen 4, of the read bandwidth: linear layers of 12 rows 75 -> 90 % (fp32: 77 -> 85), int8 by int8
-// of 6 rows 74 -> 91, one row of int4 by bf16 75 -> 98; but a linear layer of one row 102 -> 86.
-constexpr int64_t kFetchAhead = 8192, kFetchFar = 16384, kFetchNear = 2048;
+// Weights are fetched into the second-level cache (2), whose misses do not hold the line buffers of
+// the first (3); and again and again, for a Zen 4 drops what it has no room for. Of the read
+// bandwidth there, whose own loop fetches once: linear layers of 4 rows 97 -> 112 %, int8 by int8
+// 91 -> 115, int4 by int8 81 -> 105. A request takes the second-level cache a cycle, so weights
+// that lie in it are read at 70 GB/s, not 140.
+//
+// AMX machines read 10 to 15 % faster into the second level than into the first, but codes, whose
+// decoding fills the time between two lines, 12 to 15 % faster 2 KB ahead into the first (1 and 4
+// KB: 2 % slower).
+#if defined(LMFUSE_TILES)
+LMFUSE_INLINE void fetch_ahead(const char* at) { fetch_lines<2, 8192>(at); }
+LMFUSE_INLINE void fetch_codes(const char* at) { fetch_lines<3, 2048>(at); }
+#else
+LMFUSE_INLINE void fetch_ahead(const char* at) {
+  fetch_lines<2, 20480, 16384, 12288, 8192, 4096>(at);
+}
+LMFUSE_INLINE void fetch_codes(const char* at) { fetch_ahead(at); }
+// Where arithmetic takes as long as memory, requests must be fewer: int4 by bf16 97 -> 103 %.
+LMFUSE_INLINE void fetch_slow_codes(const char* at) {
+  fetch_lines<2, 16384, 8192>(at);
+  fetch_lines<3, 2048>(at);
+}
+#endif
 
 // A walk over what will be read next, strictly one line after the other, whatever the order of the
-// loads. Where one tile reads a panel: the panel itself, 8 KB ahead (any other distance measured 2
-// to 20 % slower), and at its end the panel after it. Where several tiles share it: the next panel.
+// loads. Where one tile reads a panel: the panel itself and those after it. Where several tiles
+// share it: the next panel.
 class Ahead {
  public:
-  static constexpr int64_t kStep = 128;
-
-  static LMFUSE_INLINE Ahead within(const char* panel, int64_t bytes, const char* next,
-                                    bool dense) {
-    const int64_t distance = dense ? kFetchFar : kFetchAhead;
-    return bytes > distance ? Ahead{panel + distance, next, 0, (bytes - distance) / kStep}
-                            : Ahead{next, next, 0, kWhole};
-  }
+  static LMFUSE_INLINE Ahead within(const char* panel) { return {panel, 0}; }
   // The share of one of count tiles, each of which reads the present panel once.
   static LMFUSE_INLINE Ahead of_next(const char* next, int64_t bytes, int64_t tile, int64_t count) {
-    return {next + tile * bytes / count, next, (count + 1) / 2, 0};
+    return {next + tile * bytes / count, (count + 1) / 2};
   }
   // The same, a line in so many steps.
-  static LMFUSE_INLINE Ahead spread(const char* next, int64_t every) {
-    return {next, next, every, 0};
-  }
+  static LMFUSE_INLINE Ahead spread(const char* next, int64_t every) { return {next, every}; }
 
-  // Once for each 128 bytes that are read, at `here`.
-  template <bool kDense = false>
-  LMFUSE_INLINE void step(const char* here) {
+  // Once for each 128 bytes that are read.
+  LMFUSE_INLINE void step() {
     if (every_ == 0) {
-      fetch_lines<kDense ? 2 : kLocality>(at_);
-      if constexpr (kDense) fetch_lines<3>(here + kFetchNear);
-      at_ += kStep;
-      if (--wait_ == 0) at_ = next_;
+      fetch_ahead(at_);
+      at_ += 128;
     } else if (--wait_ < 0) {
       __builtin_prefetch(at_, 0, 2);
       at_ += 64;
@@ -90,12 +89,11 @@ class Ahead {
   }
 
  private:
-  LMFUSE_INLINE Ahead(const char* at, const char* next, int64_t every, int64_t wait)
-      : at_(at), next_(next), every_(every), wait_(wait) {}
+  LMFUSE_INLINE Ahead(const char* at, int64_t every) : at_(at), every_(every) {}
 
-  const char *at_, *next_;
-  int64_t every_;  // a line in so many steps; 0: two in each, which keeps pace
-  int64_t wait_;
+  const char* at_;
+  int64_t every_;  // a line in so many steps; 0: all that is read
+  int64_t wait_ = 0;
 };
 
 // fp32 accumulation by fma, on every level: fp32 and fp16 weights, and bf16 where no instruction
@@ -115,9 +113,6 @@ struct FmaTile {
     });
   }
   TileRows rows() const { return {rows_, rows_, 0}; }
-  static constexpr bool dense(int64_t rows) {
-    return kLanes == 16 && rows * 4 >= 6 * static_cast<int64_t>(sizeof(T));
-  }
 
  private:
   int64_t rows_;
@@ -143,7 +138,7 @@ struct FmaTile {
     if constexpr (__is_same(T, bf16_t)) {
       Vec second[kVecs];
       for (int64_t i = 0; i < k; i += 2, b += 2 * kPanel) {
-        ahead.step<dense(R)>(reinterpret_cast<const char*>(b));
+        ahead.step();
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) load_pairs(b + 2 * v * kLanes, row[v], second[v]);
         multiply(row, i);
@@ -151,7 +146,7 @@ struct FmaTile {
       }
     } else {
       for (int64_t i = 0; i < k; ++i, b += kPanel) {
-        if (sizeof(T) == 4 || i % 2 == 0) ahead.step<dense(R)>(reinterpret_cast<const char*>(b));
+        if (sizeof(T) == 4 || i % 2 == 0) ahead.step();
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) row[v] = load(b + v * kLanes);
         multiply(row, i);
@@ -188,8 +183,8 @@ struct DotTile {
     sum[0][0] = sum[0][1] = sum[1][0] = sum[1][1] = zero;
     const char *first = b[0], *second = b[1];
     for (int64_t i = 0; i < k; i += 2, first += 128, second += 128) {
-      ahead[0].step(first);
-      ahead[1].step(second);
+      ahead[0].step();
+      ahead[1].step();
       int pair;
       __builtin_memcpy(&pair, x + i, sizeof(pair));
       const __m512bh xr = bit_cast<__m512bh>(_mm512_set1_epi32(pair));
@@ -207,7 +202,6 @@ struct DotTile {
     }
   }
   TileRows rows() const { return {rows_, rows_, 0}; }
-  static constexpr bool dense(int64_t rows) { return rows >= 6; }
 
  private:
   int64_t rows_;
@@ -219,7 +213,7 @@ struct DotTile {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int64_t i = 0; i < k; i += 2, b += 128) {
-      ahead.step<dense(R)>(b);
+      ahead.step();
       const __m512bh b0 = bit_cast<__m512bh>(_mm512_loadu_si512(b));
       const __m512bh b1 = bit_cast<__m512bh>(_mm512_loadu_si512(b + 64));
 #pragma GCC unroll 16
@@ -291,7 +285,6 @@ struct AmxTile {
     }
   }
   TileRows rows() const { return {rows_, half_, stored() - rows_}; }
-  static constexpr bool dense(int64_t) { return false; }
 
  private:
   static constexpr int64_t kKBytes = kPanel * sizeof(bf16_t);
@@ -324,7 +317,7 @@ struct AmxTile {
     for (int64_t i = 0; i < k; i += kDotStep, b += 16 * kRow) {
       load_x<4, kPast>(x + i, x_row);
       tiles_.load<6>(b, kRow);
-      for (int s = 0; s < 16; ++s) ahead.step(b);
+      for (int s = 0; s < 16; ++s) ahead.step();
       tiles_.load<7>(b + 64, kRow);
       tiles_.dot_bf16<0, 4, 6>();
       if constexpr (kTwo) load_x<5, kPast>(x2 + i, x_row);

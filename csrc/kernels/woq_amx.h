@@ -87,7 +87,7 @@ class AmxInt8Tile {
     }
     for (int64_t i = 0; i < k; i += step_, b += step_ * kPanel) {
       if (ahead)
-        for (int64_t at = 0; at < step_ * kPanel; at += 128) fetch_ahead(b + at);
+        for (int64_t at = 0; at < step_ * kPanel; at += 128) fetch_codes(b + at);
       tiles_.load<4>(x + i, lda);
       tiles_.load<6>(b, kRow);
       tiles_.load<7>(b + 64, kRow);

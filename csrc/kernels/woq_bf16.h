@@ -78,8 +78,8 @@ LMFUSE_INLINE void bf16_blocks(const WoqStep& s, const Decoder& decode, WoqBlock
     clear<R>(acc[i]);
   }
   // The last of the blocks is to be read first from afar.
-  const int64_t distance = kFetchFar + (b[kBlocks - 1] - b[0]);
-  const char* fetched = s.panel + begin + distance;
+  const int64_t apart = b[kBlocks - 1] - b[0];
+  const char* fetched = s.panel + begin + apart;
   XRows<R> x(bf16_rows(s) + 2 * k0, s.args.lda * 2);
   DecodedBf16<Decoder> now, next;
   if (kBefore) now.take(decode, b[0]);
@@ -87,8 +87,7 @@ LMFUSE_INLINE void bf16_blocks(const WoqStep& s, const Decoder& decode, WoqBlock
     const bool last = k + Decoder::kColumns >= length;
 #pragma GCC unroll 4
     for (int i = 0; i < kBlocks; ++i) {
-      fetch_lines<2>(fetched);
-      fetch_lines<3>(b[i] + kFetchNear);
+      fetch_slow_codes(fetched);
       fetched += 128;
       const char* codes = b[i];
       b[i] += 128;
@@ -104,11 +103,12 @@ LMFUSE_INLINE void bf16_blocks(const WoqStep& s, const Decoder& decode, WoqBlock
     }
     x.advance(2 * Decoder::kColumns);
   }
-  for (; fetched < b[kBlocks - 1] + distance; fetched += 64) __builtin_prefetch(fetched, 0, 2);
-  WoqSums<R, false> sums(s.sum);
+  for (; fetched < b[kBlocks - 1] + apart; fetched += 128) fetch_slow_codes(fetched);
+  WoqSums<R, (kBlocks > 1)> sums(s.sum, true);
 #pragma GCC unroll 4
   for (int i = 0; i < kBlocks; ++i)
     add_bf16_block<R, false>(s, {first + i, 0, 0, 0, scales[i], 0}, sums, acc[i]);
+  sums.done();
 }
 
 // Few rows: codes are decoded as they are read.
@@ -134,7 +134,7 @@ void many_bf16_rows(const WoqStep& s) {
     clear<R>(acc);
     XRows<R> x(bf16_rows(s) + 2 * block.k0, s.args.lda * 2);
     for (int64_t k = block.k; k > 0; k -= 2, b += 128, x.advance(4)) {
-      ahead.step(b);
+      ahead.step();
       pair_of_columns<R>(acc, x, 0, _mm512_loadu_si512(b), _mm512_loadu_si512(b + 64));
     }
     add_bf16_block<R, true>(s, *at, sums, acc);

@@ -40,7 +40,7 @@ template <int kCodes, class F>
 LMFUSE_INLINE void decode_words(const WoqBlock& block, float* to, F f) {
   const char* codes = block.codes;
   for (int64_t k = 0; k < block.k; k += kCodes, codes += 4 * kPanel, to += kCodes * kPanel) {
-    fetch_ahead(codes);
+    fetch_codes(codes);
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       const Words words = load_words(codes + 4 * v * kLanes);
@@ -86,7 +86,7 @@ LMFUSE_INLINE void decode_f32(const WoqFormat& f, const WoqBlock& block, float* 
 LMFUSE_INLINE void decode_nibbles(const char* codes, int64_t k, char* to) {
   constexpr uint32_t kNibbles = 0x0f0f0f0f;
   for (; k > 0; k -= 8, codes += 4 * kPanel, to += 8 * kPanel) {
-    fetch_ahead(codes);
+    fetch_codes(codes);
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       const Words words = load_words(codes + 4 * v * kLanes);
@@ -145,7 +145,7 @@ LMFUSE_INLINE void with_bf16_decoder(const WoqFormat& f, F use) {
 template <class Decoder>
 LMFUSE_INLINE void decode_bf16(const Decoder& decode, const char* codes, int64_t k, char* to) {
   for (; k > 0; k -= Decoder::kColumns, codes += 128, to += Decoder::kPairs * 128) {
-    fetch_ahead(codes);
+    fetch_codes(codes);
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       __m512i pairs[Decoder::kPairs];

@@ -3,7 +3,6 @@
 //
 // Codes::kColumns          in 128 bytes, for all channels of a panel
 // Codes::kRaised           what their instruction adds to each
-// dense<Codes>(R)          whether a line of codes takes long (see kFetchFar)
 // Codes::multiply(acc, x, b)   acc[rows][32] += x[rows][columns] b[columns][32]
 #pragma once
 
@@ -193,17 +192,9 @@ LMFUSE_INLINE int start_factor(const WoqFormat& f) {
   return -(Codes::kRaised + static_cast<int>(middle(f)));
 }
 
-// Products, and what comes before them: one operation for bytes, three for nibbles.
-template <class Codes>
-constexpr bool dense(int rows) {
-  constexpr int kNibbles = Codes::kColumns / 4 - 1;
-  return rows * (1 + kNibbles) + 1 + 2 * kNibbles >= 6;
-}
-
 // R rows of int8 by the panel of s. kHere: which is read from memory here.
 template <int R, class Codes, bool kHere>
 void int8_panel(const WoqStep& s) {
-  constexpr bool kDense = dense<Codes>(R);
   const WoqArgs& a = s.args;
   const char* x0 = static_cast<const char*>(a.x) + s.row * a.lda;
   const int factor = start_factor<Codes>(a.format);
@@ -213,7 +204,7 @@ void int8_panel(const WoqStep& s) {
   for (WoqBlocks at = s.at; at; ++at) {
     const WoqBlock block(*at, s.panel);
     if (!s.codes) b = block.codes;
-    if constexpr (kHere) fetch_ahead<kDense>(b - 128);  // the scales
+    if constexpr (kHere) fetch_codes(b - 128);  // the scales
     const float* x_sums = s.x_sums((*at).index);
     alignas(64) int32_t start[16];
     for (int r = 0; r < R; ++r) start[r] = factor * static_cast<int32_t>(x_sums[r]);
@@ -227,9 +218,9 @@ void int8_panel(const WoqStep& s) {
     XRows<R> x(x0 + block.k0, a.lda);
     for (int64_t k = block.k; k > 0; k -= Codes::kColumns) {
       if constexpr (kHere) {
-        fetch_ahead<kDense>(b);
+        fetch_codes(b);
       } else {
-        ahead.step(b);
+        ahead.step();
       }
       Codes::template multiply<R>(acc, x, b);
       b += 128;

@@ -84,6 +84,7 @@ def _placeholder() -> tuple[Tensor, ...]:
 # Name of the op: lists of arguments, made anew at each call as some are written.
 SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "argmax": lambda: [(_x(),), (_strided(),)],
+    "top_sums": lambda: [(_x(), torch.randn(3, 5), 2), (_strided().float(), torch.randn(3, 5), 7)],
     "rms_norm": lambda: [(_x(), _w(), 1e-6, 0.0), (_strided(), None, 1e-6, 1.0)],
     "layer_norm": lambda: [(_x(), _w(), _w(), 1e-5), (_strided(), _w(), None, 1e-5)],
     "add_rms_norm": lambda: [

@@ -47,6 +47,8 @@ class Whole:
         scale: float = 1.0,
         normed: bool = True,
         padding: Sequence[int] = (0, 3),
+        placed: bool = False,
+        norm_before: bool | None = None,
         **form: Any,
     ) -> None:
         self.batch, self.tokens, self.padding = len(padding), 11, padding
@@ -55,7 +57,9 @@ class Whole:
         self.norm = norm(HIDDEN, dtype) if normed else None
         self.head = linear(VOCABULARY, HIDDEN, dtype, bias=True)
         self.scale = scale
-        self.ends = DecoderEnds(given, self.norm, self.head, scale)
+        self.rows = torch.randn(20, HIDDEN).to(dtype) if placed else None
+        self.before = None if norm_before is None else norm(HIDDEN, F32, norm_before)
+        self.ends = DecoderEnds(given, self.norm, self.head, scale, self.rows, self.before)
         self.stack = functional.decoder_stack(self.layers)
         slots = self.batch * (self.tokens + 2)
         self.table = torch.arange(slots).view(self.tokens + 2, self.batch).T.contiguous().int()
@@ -79,6 +83,12 @@ class Whole:
         x = self.values[self.ids]
         if self.scale != 1.0:
             x = x * self.scale
+        if self.rows is not None:
+            x = x + self.rows[self.positions]
+        if self.before is not None and self.before.centered:
+            x = functional.layer_norm(x, self.before.weight, self.before.bias, self.before.eps)
+        elif self.before is not None:
+            x = functional.rms_norm(x, self.before.weight, self.before.eps)
         slots = self.table[:, 2:].flatten()
         lengths = torch.tensor([0, *(self.tokens - p for p in self.padding)]).cumsum(0)
         tables = torch.zeros_like(self.table)
@@ -103,6 +113,16 @@ def test_the_bits_of_its_parts(isa: str, dtype: torch.dtype, how: str, form: str
         assert logits.dtype is dtype
         assert_same_bits(logits, whole.step_by_step())
         assert torch.equal(largest, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("how", ["plain", "packed", "quantized"])
+def test_rows_for_positions_and_a_norm_before(isa: str, dtype: torch.dtype, how: str) -> None:
+    for placed, norm_before, scale in ((True, None, 1.0), (False, True, 1.0), (True, False, 3.7)):
+        whole = Whole(dtype, how, scale, placed=placed, norm_before=norm_before)
+        expected = whole.step_by_step()
+        assert_same_bits(whole.piece(0, whole.tokens)[0], expected)
+        pieces = [whole.piece(*ends)[0] for ends in ((0, 4), (4, 5), (5, 11))]
+        assert_same_bits(torch.cat(pieces, 1), expected)
 
 
 def test_reference(isa: str, dtype: torch.dtype) -> None:
@@ -220,6 +240,19 @@ def test_refusals() -> None:
         call(ends=Whole(BF16).ends)
 
 
+def test_refused_positions() -> None:
+    whole = Whole(F32, placed=True)
+    given = whole.stack, whole.caches, [whole.table], [13, 2, 5]
+    for positions in ([0, 10], [-1, 0], [0, 2**63 - 1], [-(2**63), 0]):
+        with refused("positions has .* there are rows for 20 positions"):
+            functional.decoder_logits(whole.ids, whole.ends, *given, [], [], positions)
+    with refused("there are 0 positions for 2 sequences"):
+        functional.decoder_logits(whole.ids, whole.ends, *given)
+    with refused("positions must have the dtype"):
+        ends = DecoderEnds(whole.values, None, whole.head, 1.0, torch.randn(20, HIDDEN).half())
+        functional.decoder_logits(whole.ids, ends, *given, [], [], [0, 0])
+
+
 def test_refused_ends() -> None:
     head, plain = linear(VOCABULARY, HIDDEN, F32), torch.randn(VOCABULARY, HIDDEN)
     with refused("embedding has shape"):
@@ -228,6 +261,11 @@ def test_refused_ends() -> None:
         DecoderEnds(plain[0], None, head)
     with refused("the weight of norm"):
         DecoderEnds(plain, norm(HIDDEN + 1, F32), head)
+    with refused("the weight of embedding_norm"):
+        DecoderEnds(plain, None, head, embedding_norm=norm(HIDDEN + 1, F32))
+    for positions in (plain.T, plain[0], torch.randn(3, HIDDEN + 1)):
+        with refused("positions"):
+            DecoderEnds(plain, None, head, positions=positions)
     with refused("quantized|packed", TypeError):
         DecoderEnds(plain, None, DecoderLinear(plain))
     stack = functional.decoder_stack([make(F32)])

@@ -251,12 +251,12 @@ def _logits() -> Arguments:
     }  # fmt: skip
 
 
-def _embedded(embedding: Tensor, weight: Tensor) -> Tensor:
+def _embedded(embedding: Tensor, weight: Tensor, positions: Tensor, before: Tensor) -> Tensor:
     """A whole model whose ends are these."""
     given = _logits()
-    norm = F.DecoderNorm(weight)
+    norms = F.DecoderNorm(weight), F.DecoderNorm(before)
     with torch.no_grad():
-        ends = F.DecoderEnds(embedding, norm, given["ends"].head)
+        ends = F.DecoderEnds(embedding, norms[0], given["ends"].head, 1.0, positions, norms[1])
         return F.decoder_logits(**given | {"ends": ends})[0]
 
 
@@ -337,9 +337,18 @@ CALLS: dict[str, Call] = {
     "decoder logits": (F.decoder_logits, _logits),
     "decoder ends": (
         _embedded,
-        lambda: {"embedding": torch.randn(40, 32), "weight": torch.rand(32)},
+        lambda: {
+            "embedding": torch.randn(40, 32),
+            "weight": torch.rand(32),
+            "positions": torch.randn(9, 32),
+            "before": torch.rand(32),
+        },
     ),
     "argmax": (F.argmax, lambda: {"x": torch.randn(3, 40)}),
+    "top sums": (
+        F.top_sums,
+        lambda: {"x": torch.randn(2, 3, 40), "add": torch.randn(2, 3), "k": 4},
+    ),
     "rms norm": (F.rms_norm, lambda: _norm("hidden_states", "weight", eps=1e-6)),
     "layer norm": (F.layer_norm, lambda: _norm("hidden_states", "weight", "bias")),
     "add rms norm": (F.add_rms_norm, lambda: _norm("residual", "x", "weight", add_back=True)),

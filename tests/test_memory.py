@@ -76,6 +76,17 @@ def _linear(data: st.DataObject) -> None:
         operand.check()
 
 
+def _top_sums(data: st.DataObject) -> None:
+    batch, rows, n = (data.draw(st.integers(1, most)) for most in (3, 5, 140))
+    x, add = placed(data, (batch, rows, n), F32), placed(data, (batch, rows), F32)
+    k = data.draw(st.integers(1, min(12, rows * n)))
+    sums, places = F.top_sums(x.tensor, add.tensor, k)
+    assert torch.equal((x.tensor + add.tensor.unsqueeze(-1)).flatten(1).gather(1, places), sums)
+    assert torch.equal(F.argmax(x.tensor), x.tensor.argmax(-1))
+    x.check()
+    add.check()
+
+
 # Every op: a function that draws operands, calls it and checks them. Other stems add theirs.
 CALLS: dict[str, Callable[[st.DataObject], None]] = {
     "rms_norm": lambda data: _norm(data, center=False, add=False),
@@ -85,6 +96,7 @@ CALLS: dict[str, Callable[[st.DataObject], None]] = {
     "silu_mul": lambda data: _gated(data, F.silu_mul),
     "gelu_mul": lambda data: _gated(data, F.gelu_mul),
     "linear": _linear,
+    "top_sums": _top_sums,
     "gelu_mul tanh": lambda data: _gated(data, lambda x, y: F.gelu_mul(x, y, approximate="tanh")),
 }
 

@@ -21,10 +21,13 @@ from test_models import batch, make
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "olmo2", "gpt_neox")
 PLAIN += ("granite", "cohere", "gemma2", "gemma3", "falcon", "falcon new", "olmo")
 PLAIN += ("gptj", "codegen", "qwen2_moe", "gpt_oss")
+# And rows for positions, a norm before the layers, or biases by distance and no positions.
+PLAIN += ("opt", "gpt2", "gpt_bigcode", "bloom", "mpt")
 # Numbers that are not 1.
-CHANGED = {
+CHANGED: dict[str, dict[str, Any]] = {
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 0.3},
     "gemma2": {"final_logit_softcapping": 2.0},
+    "mpt": {"use_cache": True},
 }
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},  # of every family
@@ -62,7 +65,11 @@ class Counting:
 
 
 @pytest.mark.parametrize(
-    ("family", "mode"), [*((f, "greedy") for f in PLAIN), *(("llama", m) for m in MODES)]
+    ("family", "mode"),
+    [
+        *((f, "greedy") for f in PLAIN),
+        *((f, m) for f in ("llama", "opt", "bloom") for m in MODES),
+    ],
 )
 def test_steps(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counting = Counting(monkeypatch)
@@ -81,10 +88,65 @@ def test_steps(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_more_than_its_parts_has_no_form() -> None:
-    for family in ("opt", "gpt2"):
-        model = lmfuse.optimize(make(family))
-        assert type(model).fused_step is None, family
-        assert generate(model).shape == (3, 18)
+    """Products before the layers, and no last norm."""
+    for changed in ({"word_embed_proj_dim": 16}, {"do_layer_norm_before": False}):
+        stock = make("opt", **changed)
+        model = lmfuse.optimize(stock)
+        assert type(model).fused_step is None
+        assert torch.equal(generate(model), generate(stock))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gpt_bigcode", "bloom", "mpt"])
+def test_bits_of_the_forward(
+    family: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting(monkeypatch)
+    model = lmfuse.optimize(make(family, **CHANGED.get(family, {})), dtype=kind)
+    found = logits_of(model)
+    assert counting.whole == 8
+    handle = model.register_forward_hook(lambda *_: None)
+    assert_same_bits(logits_of(model), found)
+    handle.remove()
+    assert counting.whole == 8
+
+
+def test_rows_for_positions_that_come_later() -> None:
+    """Of a model that is optimized while they are zero."""
+    stock, other = make("gpt2"), make("gpt2")
+    stock.transformer.wpe.weight.data.zero_()
+    model = lmfuse.optimize(stock, inplace=True)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(generate(model), generate(other))
+
+
+def test_rows_for_positions_of_another_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(monkeypatch)
+
+    class Turned(torch.nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(self.num_embeddings - 1 - ids)
+
+    stock = make("gpt2")
+    model = lmfuse.optimize(stock)
+    for each in (stock, model):
+        table = Turned(*each.transformer.wpe.weight.shape)
+        table.weight = each.transformer.wpe.weight
+        each.transformer.wpe = table
+    assert torch.equal(generate(model), generate(stock))
+    assert not counting.count
+
+
+def test_positions_beyond_their_rows() -> None:
+    for family, most in (("opt", 64), ("gpt2", 64)):
+        stock = make(family)
+        model = lmfuse.optimize(stock)
+        ids = {"input_ids": torch.arange(most - 4)[None] % 90 + 3}
+        assert torch.equal(
+            generate(model, ids, max_new_tokens=5), generate(stock, ids, max_new_tokens=5)
+        )
+        with pytest.raises(ValueError, match="positions"):
+            generate(model, ids, max_new_tokens=8, min_new_tokens=8)
 
 
 def logits_of(model: Any) -> Tensor:
@@ -114,9 +176,15 @@ def test_numbers_between_the_parts(
     assert counting.count == 8
 
 
-@pytest.mark.parametrize("where", ["", "model", "lm_head", "model.norm", "model.embed_tokens"])
-def test_whoever_looks_sees_every_step(where: str) -> None:
-    model = lmfuse.optimize(make())
+LOOKED_AT = [("llama", w) for w in ("", "model", "lm_head", "model.norm", "model.embed_tokens")]
+LOOKED_AT += [("gpt2", f"transformer.{w}") for w in ("wpe", "drop", "wte")]
+LOOKED_AT += [("opt", f"model.decoder{w}") for w in ("", ".embed_positions")]
+LOOKED_AT += [("bloom", "transformer.word_embeddings_layernorm")]
+
+
+@pytest.mark.parametrize(("family", "where"), LOOKED_AT)
+def test_whoever_looks_sees_every_step(family: str, where: str) -> None:
+    model = lmfuse.optimize(make(family))
     expected = generate(model)
     seen: list[tuple[int, ...]] = []
     module = model.get_submodule(where)

@@ -1,4 +1,4 @@
-// Where logits are largest: the next token of a greedy search.
+// Where logits are largest: the next token of a greedy search, and those of beams.
 #include "loops.h"
 
 namespace lmfuse::LMFUSE_ISA {
@@ -37,6 +37,23 @@ void argmax(const ArgmaxArgs& a, int64_t begin, int64_t end) {
   with_type(a.x.dtype, [&](auto t) {
     for (int64_t r = begin; r < end; ++r) a.y[r] = largest(row<decltype(t)>(a.x, r), a.n);
   });
+}
+
+void above(const AboveArgs& a, int64_t begin, int64_t end) {
+  const Vec add = broadcast(a.add), than = broadcast(a.than);
+  const Vec infinity = broadcast(__builtin_inff());
+  const auto found = [&](int64_t i, auto l) LMFUSE_LAMBDA {
+    const Vec v = load(a.x + i, l) + add;
+    return bits(than < v) | (kEvery & ~(bits(v < infinity) | bits(broadcast(0.0f) < v)));
+  };
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes)
+    if (const uint32_t at = found(i, Lanes::all())) {
+      *a.y = i + __builtin_ctz(at);
+      return;
+    }
+  const uint32_t rest = i < end ? found(i, Lanes::first(end - i)) & ((1u << (end - i)) - 1) : 0;
+  *a.y = rest ? i + __builtin_ctz(rest) : end;
 }
 
 }  // namespace lmfuse::LMFUSE_ISA

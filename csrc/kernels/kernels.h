@@ -64,6 +64,13 @@ struct ArgmaxArgs {
   int64_t n;
 };
 
+// y: the first i with x[i] + add above `than`, or NaN; where there is none, the end.
+struct AboveArgs {
+  const float* x;
+  float add, than;
+  int64_t* y;
+};
+
 // y[r] = sum over j < count of weights[r, j] * x[from[r, j]], in that order.
 struct MixArgs {
   Matrix x, y;
@@ -430,6 +437,7 @@ struct PeakArgs {
   K(softmax, SoftmaxArgs)          /* rows */                            \
   K(mix, MixArgs)                  /* rows */                            \
   K(argmax, ArgmaxArgs)            /* rows */                            \
+  K(above, AboveArgs)              /* elements */                        \
   K(rope, RopeArgs)                /* tokens, that is b * seq_len + s */ \
   K(pack, PackArgs)                /* panels */                          \
   K(unpack, PackArgs)              /* panels */                          \

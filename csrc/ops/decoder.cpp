@@ -199,7 +199,7 @@ Tensor decoder(Tensor hidden_states, int64_t stack, int64_t caches, std::vector<
 
 // input_ids [batch, tokens] to logits [batch, tokens, vocabulary], and where these are largest. For
 // each kind `columns` has the column after the last of its table, and where each row begins to see.
-// positions: of the first token of each row, if cos and sin are looked up by position.
+// positions: of the first token of each row, if something is looked up by position.
 std::tuple<Tensor, Tensor> decoder_logits(Tensor input_ids, int64_t stack, int64_t ends,
                                           int64_t caches, std::vector<Tensor> tables,
                                           std::vector<int64_t> columns, std::vector<Tensor> angles,
@@ -227,11 +227,12 @@ std::tuple<Tensor, Tensor> decoder_logits(Tensor input_ids, int64_t stack, int64
     return Tables(tables[k], at[0], at + 1, c, all);
   });
   kinds.turn(angles, positions);
+  check_positions(c, positions);
   const int64_t sizes[3] = {c.batch, c.tokens, c.ends->head.n};
   Tensor logits = new_tensor(sizes, 3, scalar_type(c.type));
   Tensor largest = new_tensor(sizes, 2, ScalarType::Long);
   c.logits = rows_matrix(logits.mutable_data_ptr(), c.type, c.rows(), sizes[2]);
-  run(c, [&] { embed(c, static_cast<const int64_t*>(input_ids.const_data_ptr())); });
+  run(c, [&] { embed(c, static_cast<const int64_t*>(input_ids.const_data_ptr()), positions); });
   auto* const at = static_cast<int64_t*>(largest.mutable_data_ptr());
   kernels().argmax({c.logits, at, sizes[2]}, 0, c.rows());
   return {logits, largest};

@@ -18,14 +18,29 @@ inline DType embedded_type(const DecoderEnds& e, const Tensor& ids) {
   return e.embedding.quantized ? e.norm.weight.dtype : e.embedding.type;
 }
 
-// Into x, rounded as an embedding rounds, and again where it is scaled.
-inline void embed(const DecoderCall& c, const int64_t* ids) {
+// The positions of the first tokens of each sequence, if the embedding has rows for positions.
+inline void check_positions(const DecoderCall& c, const std::vector<int64_t>& positions) {
+  if (!c.ends->positions.data) return;
+  const int64_t rows = c.ends->position_rows;
+  LMFUSE_CHECK_VALUE(c.ends->positions.dtype == c.type,
+                     "positions must have the dtype of the embedding");
+  LMFUSE_CHECK_VALUE(static_cast<int64_t>(positions.size()) == c.batch, "there are ",
+                     static_cast<int64_t>(positions.size()), " positions for ", c.batch,
+                     " sequences");
+  for (const int64_t p : positions)
+    LMFUSE_CHECK_VALUE(p >= 0 && p <= rows - c.tokens, "positions has ", p, " for the first of ",
+                       c.tokens, " tokens, but there are rows for ", rows, " positions");
+}
+
+// Into x, rounded as an embedding rounds, and again where it is scaled, where positions are added,
+// and where it is normalised.
+inline void embed(const DecoderCall& c, const int64_t* ids, const std::vector<int64_t>& positions) {
   const DecoderEnds& e = *c.ends;
   const DecoderLinear& from = e.embedding;
   const Kernels& k = kernels();
+  const int64_t bytes = c.hidden * c.element();
   const AddScaledArgs scaled{c.x, {}, c.x, c.hidden, e.scale};
   if (e.plain) {
-    const int64_t bytes = c.hidden * c.element();
     for (int64_t r = 0; r < c.rows(); ++r)
       std::memcpy(static_cast<char*>(c.x.data) + r * bytes,
                   static_cast<const char*>(e.plain) + ids[r] * bytes, bytes);
@@ -39,6 +54,15 @@ inline void embed(const DecoderCall& c, const int64_t* ids) {
     k.add_scaled({wide, {}, c.x, c.hidden, 1.0f}, 0, c.rows());
   }
   if (e.scale != 1.0f) k.add_scaled(scaled, 0, c.rows());
+  for (int64_t r = 0; e.positions.data && r < c.rows(); ++r) {
+    const int64_t position = positions[r / c.tokens] + r % c.tokens;
+    const char* row = static_cast<const char*>(e.positions.data) + position * bytes;
+    const Matrix x = rows_matrix(static_cast<char*>(c.x.data) + r * bytes, c.type, 1, c.hidden);
+    k.add_scaled({rows_matrix(const_cast<char*>(row), c.type, 1, c.hidden), x, x, c.hidden, 1.0f},
+                 0, 1);
+  }
+  if (e.embedded.kind != DecoderNorm::none)
+    k.norm(norm_args(e.embedded, c.x, c.x, c.hidden), 0, c.rows());
 }
 
 }  // namespace lmfuse

@@ -65,12 +65,15 @@ struct DecoderLayers : std::vector<DecoderLayer> {
 // What is around them: x = scale * embedding[ids], and logits = norm(y) W^T + bias. The embedding
 // is a plain matrix, or the rows of a packed or quantized one.
 struct DecoderEnds {
-  static constexpr int64_t kIntegers = 3 + 2 * 3, kNumbers = 2 + 1;
+  static constexpr int64_t kIntegers = 3 + 3 * 3 + 1, kNumbers = 2 * 2 + 1;
   DecoderLinear embedding;  // [n, k]; `plain` if it is neither
   const void* plain;
   DecoderNorm norm;
   DecoderLinear head;
   float scale;
+  DecoderNorm embedded;  // of what the first layer reads
+  Vector positions;      // [position_rows, k] added to the embedding; or null
+  int64_t position_rows;
 };
 
 // Reads the rows of layout and numbers. The parameters are looked at, and not kept.
@@ -111,8 +114,15 @@ class DecoderReader {
     e.norm = norm("the weight of norm");
     e.head = linear("head");
     e.scale = number();
+    e.embedded = norm("the weight of embedding_norm");
+    int64_t size = 0;
+    e.positions = vector("positions", size);
     LMFUSE_CHECK_VALUE(e.embedding.n && e.head.n, "embedding and head must be given");
     fits(e.norm, e.head.k, "the weight of norm");
+    fits(e.embedded, e.embedding.k, "the weight of embedding_norm");
+    e.position_rows = size / e.embedding.k;
+    LMFUSE_CHECK_VALUE(size % e.embedding.k == 0, "positions must have rows of ", e.embedding.k,
+                       " elements");
   }
 
  private:

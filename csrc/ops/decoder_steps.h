@@ -63,6 +63,11 @@ struct DecoderCall {
   bool alone() const { return rows() == 1; }
 };
 
+inline NormArgs norm_args(const DecoderNorm& n, const Matrix& x, const Matrix& y, int64_t size) {
+  return {x,    {}, y, n.weight, n.bias, size, n.eps, n.offset, false, n.kind == DecoderNorm::layer,
+          false};
+}
+
 class DecoderWorker {
  public:
   DecoderWorker(const DecoderCall& call, Worker& worker)
@@ -212,12 +217,6 @@ class DecoderWorker {
       k_.norm(norm_args(norm, c_.branch, c_.branch, c_.hidden), begin, end);
     k_.add_scaled({c_.branch, residual, y, c_.hidden, l.residual_scale}, begin, end);
     w_.sync();
-  }
-
-  static NormArgs norm_args(const DecoderNorm& n, const Matrix& x, const Matrix& y, int64_t size) {
-    return {x,    {},    y,        n.weight, n.bias,
-            size, n.eps, n.offset, false,    n.kind == DecoderNorm::layer,
-            false};
   }
 
   Matrix matrix(const DecoderStage& s) const {

@@ -1,7 +1,7 @@
 """Fused functions on tensors; each checks its arguments, then calls one compiled op."""
 
 from lmfuse.functional.activation import gelu_mul, silu_mul
-from lmfuse.functional.argmax import argmax
+from lmfuse.functional.argmax import argmax, top_sums
 from lmfuse.functional.attention import attention, varlen_attention
 from lmfuse.functional.cache import new_cache, reshape_and_cache
 from lmfuse.functional.decoder import (
@@ -97,6 +97,7 @@ __all__ = [
     "rotate_qkv",
     "silu_mul",
     "single_query_cached_kv_attention",
+    "top_sums",
     "unpack_quantized",
     "varlen_attention",
     "weight_rows",

@@ -88,6 +88,8 @@ def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack:
 class DecoderEnds:
     """What is around the layers: x = scale · embedding[ids], and logits = norm(y) W^T + bias.
 
+    With positions and embedding_norm, x = embedding_norm(scale · embedding[ids] + positions[p]).
+
     Read once, as a stack.
 
     Args:
@@ -96,6 +98,9 @@ class DecoderEnds:
         norm: over the hidden size, or None.
         head: W, [vocabulary, hidden].
         scale: x is rounded before it is scaled, and after.
+        positions: [positions, hidden], contiguous, of the dtype of x; x is rounded before it is
+            added, and after.
+        embedding_norm: over the hidden size; x is rounded before and after.
 
     Raises:
         TypeError, ValueError: a weight of the head that is neither packed nor quantized, a plain
@@ -108,6 +113,8 @@ class DecoderEnds:
         norm: DecoderNorm | None,
         head: DecoderLinear,
         scale: float = 1.0,
+        positions: Tensor | None = None,
+        embedding_norm: DecoderNorm | None = None,
     ) -> None:
         self.embedding, self.norm, self.head, self.scale = embedding, norm, head, scale
         self.vocabulary = _out_features(head.weight)
@@ -115,8 +122,10 @@ class DecoderEnds:
         place = placing(parameters)
         integers, self.dtype = _embedding_row(embedding, norm, place)
         of_norm, numbers = norm_row(norm, place)
-        layout = [*integers, *of_norm, *linear_row("head", head, place)]
-        floats = torch.tensor([[*numbers, scale]], dtype=torch.float64)
+        of_embedding, more = norm_row(embedding_norm, place)
+        rows = place(None if positions is None else _matrix("positions", positions))
+        layout = [*integers, *of_norm, *linear_row("head", head, place), *of_embedding, rows]
+        floats = torch.tensor([[*numbers, scale, *more]], dtype=torch.float64)
         given = parameters, torch.tensor([layout]), floats
         of_all = {
             "embedding": embedding,
@@ -124,6 +133,9 @@ class DecoderEnds:
             "the bias of norm": None if norm is None else norm.bias,
             "the weight of head": head.weight,
             "the bias of head": head.bias,
+            "the weight of embedding_norm": embedding_norm and embedding_norm.weight,
+            "the bias of embedding_norm": embedding_norm and embedding_norm.bias,
+            "positions": positions,
         }
         names = [name for name, x in of_all.items() if x is not None]
         with torch.no_grad():
@@ -146,13 +158,19 @@ def _embedding_row(
         weight = None if norm is None else norm.weight
         # 0: its rows are read as values, whatever a product computes in.
         return [0, place(embedding), 0], torch.float32 if weight is None else weight.dtype
-    _check.held("embedding", embedding)
-    if embedding.dim() != 2 or not embedding.is_contiguous() or not embedding.numel():
+    rows = place(_matrix("embedding", embedding))
+    return [embedding.shape[1], rows, -1], embedding.dtype
+
+
+def _matrix(name: str, x: Tensor) -> Tensor:
+    """The elements of a contiguous matrix, row by row."""
+    _check.held(name, x)
+    if x.dim() != 2 or not x.is_contiguous() or not x.numel():
         raise ValueError(
-            f"embedding has shape {tuple(embedding.shape)} and strides {embedding.stride()}, "
-            "but must be a contiguous matrix"
+            f"{name} has shape {tuple(x.shape)} and strides {x.stride()}, but must be a contiguous "
+            "matrix"
         )
-    return [embedding.shape[1], place(embedding.detach().view(-1)), -1], embedding.dtype
+    return x.detach().view(-1)
 
 
 # Those that live, for the fake, which is given their numbers.
@@ -271,8 +289,8 @@ def decoder_logits(
         columns: for each kind 1 + batch numbers: e, then b of each row. The row sees the columns
             [b, e) of its table, and its new tokens go into the last of them.
         cos, sin: for each kind [batch or 1, tokens, width]; with positions [positions, width].
-        positions: of the first token of each row, or none: which row of cos and sin it takes; its
-            next token takes the next.
+        positions: of the first token of each row, or none: which row of cos and sin, and of the
+            positions of `ends`, it takes; its next token takes the next.
 
     Returns:
         logits [batch, tokens, vocabulary], of the dtype of `ends`, and `argmax` of these.

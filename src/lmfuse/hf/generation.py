@@ -15,6 +15,7 @@ from lmfuse.generation.tuples import TupleCache, placeholders
 from lmfuse.hf import (
     attention,
     attention_modules,
+    beams,
     config,
     decoder,
     decoder_join,
@@ -80,6 +81,9 @@ class FusedGeneration(Explains, step.Steps, SharesPrompts, TakesTuples, swap.Fus
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         return loop.sample(self, super()._sample, *args, **kwargs)  # type: ignore[misc]
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        return beams.search(self, super()._beam_search, *args, **kwargs)  # type: ignore[misc]
 
     def create_masks_for_generate(self, **kwargs: Any) -> Any:
         """Masks for a cache of fixed length, by the config that says whose attention it is."""

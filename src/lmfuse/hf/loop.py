@@ -10,7 +10,7 @@ called and filled as ever, with the tensors it expects. All else is left to tran
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ def sample(
     if (
         steps is None
         or synced_gpus
-        or not _ordinary(model)
-        or not _understood(generation_config, stopping_criteria, model_kwargs)
+        or not ordinary(model, _METHODS)
+        or not understood(steps, generation_config, stopping_criteria, model_kwargs)
     ):
         return stock(
             input_ids,
@@ -64,22 +64,22 @@ def sample(
             streamer=streamer,
             **model_kwargs,
         )
-    criteria = _Criteria(stopping_criteria, len(input_ids))
+    criteria = Criteria(stopping_criteria, len(input_ids))
     loop = _Loop(model, steps, generation_config, logits_processor, criteria, streamer)
     return loop.run(input_ids, model_kwargs)
 
 
-def _ordinary(model: Any) -> bool:
-    """Whether a loop over `model` is the one that transformers has."""
+def ordinary(model: Any, methods: Sequence[str]) -> bool:
+    """Whether a loop over `model` that calls these is the one that transformers has."""
     stock = type(model).fused_stock
     return type(model).fused_step is not None and all(
         getattr(stock, name) is getattr(GenerationMixin, name) and name not in vars(model)
-        for name in _METHODS
+        for name in methods
     )
 
 
-def _understood(settings: Any, criteria: Any, model_kwargs: dict[str, Any]) -> bool:
-    """Whether nothing is asked for that the loop here does not do."""
+def understood(steps: step.Run, settings: Any, criteria: Any, model_kwargs: dict[str, Any]) -> bool:
+    """Whether nothing is asked for that the loops here do not do."""
     looks = settings.return_dict_in_generate and (
         settings.output_attentions or settings.output_hidden_states
     )
@@ -89,13 +89,13 @@ def _understood(settings: Any, criteria: Any, model_kwargs: dict[str, Any]) -> b
         and not (ends and settings._pad_token_tensor is None)
         and settings.compile_config is None
         and type(model_kwargs.get("past_key_values")) is Cache
-        and model_kwargs.get("position_ids") is not None
+        and steps.told(model_kwargs.get("position_ids"))
         and model_kwargs.get("use_cache") is True
         and model_kwargs.keys() <= step.KNOWN
     )
 
 
-class _Criteria:
+class Criteria:
     """Stopping criteria; of those that are known, what they say without tensors.
 
     Attributes:
@@ -111,23 +111,27 @@ class _Criteria:
         self.pads = any(hasattr(c, "eos_token_id") for c in given)
         self.stopped = [False] * rows
 
-    def met(
-        self, tokens: list[list[int]], count: int, ids: Callable[[], Tensor], scores: Any
-    ) -> bool:
+    def met(self, tokens: list[int], count: int, ids: Callable[[], Tensor], scores: Any) -> bool:
         """Whether all rows have come to an end, with these tokens the last of `count`."""
-        for i, (token,) in enumerate(tokens):
-            if token in self.ends:
-                self.stopped[i] = True
+        found = self.ended(tokens, count, ids, scores)
+        self.stopped = [a or b for a, b in zip(self.stopped, found, strict=True)]
+        return all(self.stopped)
+
+    def ended(
+        self, tokens: list[int], count: int, ids: Callable[[], Tensor], scores: Any
+    ) -> list[bool]:
+        """Which rows come to an end with these tokens, the last of `count`."""
+        found = [token in self.ends for token in tokens]
         for criterion in self.lengths:
             positions = criterion.max_position_embeddings
             if count >= criterion.max_length:
-                self.stopped = [True] * len(tokens)
+                found = [True] * len(tokens)
             elif positions is not None and count > positions:
                 criterion(ids(), scores)  # which warns
         if self.others:
-            found = self.others(ids(), scores).tolist()
-            self.stopped = [a or b for a, b in zip(self.stopped, found, strict=True)]
-        return all(self.stopped)
+            others = self.others(ids(), scores).tolist()
+            found = [a or b for a, b in zip(found, others, strict=True)]
+        return found
 
 
 class _Loop:
@@ -139,7 +143,7 @@ class _Loop:
         steps: step.Run,
         settings: Any,
         processors: Any,
-        criteria: _Criteria,
+        criteria: Criteria,
         streamer: Any,
     ) -> None:
         self.model, self.steps, self.settings = model, steps, settings
@@ -161,7 +165,7 @@ class _Loop:
                 tokens = self._padded(self._chosen(logits, largest))
                 self.new.append(tokens)
                 self.count += 1
-                met = criteria.met(tokens.tolist(), self.count, self._all, self.scores)
+                met = criteria.met(tokens.flatten().tolist(), self.count, self._all, self.scores)
                 if self.streamer is not None:
                     self.streamer.put(tokens.squeeze(1))
                 if met:

@@ -3,6 +3,7 @@ are given."""
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -48,9 +49,11 @@ def told(model: Any, layers: nn.ModuleList) -> Told:
 
     each: list[Any] = list(layers._modules.values())
 
-    def layer(hidden_states: Tensor, **kwargs: Any) -> Any:
+    def layer(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         found.inputs.append(hidden_states)
-        found.kwargs.append(kwargs)
+        found.kwargs.append(
+            {**dict(zip(each[0].fused_form.arguments, args, strict=False)), **kwargs}
+        )
         found.made.append(swap.random(random, *hidden_states.shape).to(hidden_states.dtype))
         return (found.made[-1], None) if each[0].fused_form.pair else found.made[-1]
 
@@ -59,7 +62,9 @@ def told(model: Any, layers: nn.ModuleList) -> Told:
         vars(spy)["forward"] = layer
     found.copy = _copied(model, layers, nn.ModuleList(spies))
     cache = Cache(model.config.get_text_config(decoder=True))
-    given = {"input_ids": IDS, "position_ids": POSITIONS, "past_key_values": cache}
+    given = {"input_ids": IDS, "past_key_values": cache}
+    if "position_ids" in inspect.signature(found.copy.forward).parameters:
+        given["position_ids"] = POSITIONS
     found.result = found.copy.forward(**given, use_cache=True, return_dict=True)
     return found
 

@@ -70,6 +70,11 @@ class Run:
         self.positions: list[int] | None = None  # of the next step, where they are known,
         self.ahead = 0  # by so many tokens of what the model would be given
 
+    def told(self, positions: Tensor | None) -> bool:
+        """Whether these are enough to know where tokens are."""
+        form: Form | None = self.model.fused_step
+        return positions is not None or (form is not None and not form.placed)
+
     def longer(self, mask: Tensor, count: int = 1) -> Tensor:
         """`mask` with so many ones more in each row."""
         count += mask.shape[1]
@@ -86,10 +91,10 @@ class Run:
 
     def run(self, kwargs: dict[str, Any]) -> Tensor | None:
         """The logits [batch, 1, vocabulary], or None if the forward of the model has to say."""
-        if not self.looping or not _GIVEN - {"attention_mask"} <= kwargs.keys() <= KNOWN:
+        if not self.looping or not {"input_ids", "past_key_values"} <= kwargs.keys() <= KNOWN:
             return None
-        ids, positions = kwargs["input_ids"], kwargs["position_ids"]
-        if ids is None or ids.shape[-1] != 1 or positions is None:
+        ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
+        if ids is None or ids.shape[-1] != 1 or not self.told(positions):
             return None
         whole = self._whole(ids, _of_rows(positions, len(ids)), kwargs)
         return self._by_parts(ids, kwargs) if whole is None else whole[0]
@@ -106,7 +111,7 @@ class Run:
             all_ids: [batch, tokens], until now.
         """
         if self.positions is None:
-            self.positions = _of_rows(model_kwargs["position_ids"], len(tokens))
+            self.positions = _of_rows(model_kwargs.get("position_ids"), len(tokens))
         whole = self._whole(tokens, self.positions, model_kwargs)
         if whole is not None:
             self.positions = [position + 1 for position in self.positions]
@@ -127,7 +132,8 @@ class Run:
 
     def _catch_up(self, model_kwargs: dict[str, Any]) -> None:
         if self.ahead:
-            model_kwargs["position_ids"] = model_kwargs["position_ids"] + self.ahead
+            if (positions := model_kwargs.get("position_ids")) is not None:
+                model_kwargs["position_ids"] = positions + self.ahead
             if (mask := model_kwargs.get("attention_mask")) is not None:
                 model_kwargs["attention_mask"] = self.longer(mask, self.ahead)
         self.positions, self.ahead = None, 0
@@ -148,7 +154,7 @@ class Run:
         if parts is None or not (mask is None or mask is self.last):
             return None
         seen = mask.bool() if mask is not None and self.hides else None
-        return parts(ids, given["position_ids"], seen, given["past_key_values"])
+        return parts(ids, given.get("position_ids"), seen, given["past_key_values"])
 
     def _looked(self) -> StepParts | None:
         if not self.looked:
@@ -156,8 +162,10 @@ class Run:
         return self.parts
 
 
-def _of_rows(positions: Tensor, rows: int) -> list[int]:
-    """[rows, 1], or [1, 1] for all."""
+def _of_rows(positions: Tensor | None, rows: int) -> list[int]:
+    """[rows, 1], or [1, 1] for all; anything where positions do not count."""
+    if positions is None:
+        return [0] * rows
     given: list[int] = positions.flatten().tolist()
     return given if len(given) == rows else given * rows
 

@@ -26,7 +26,7 @@ from lmfuse.modules.decoder import described_linear
 from lmfuse.modules.parts import Parts
 from lmfuse.quantization.embedding import QuantizedEmbedding
 
-_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 # What models do to the embedding or to the logits, with a number of their own.
 _CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "times": operator.mul,
@@ -51,6 +51,11 @@ class Form:
     logits: tuple[Change, ...] = ()
     # For each kind of layer what the angles are made of besides positions.
     angles: tuple[tuple[str, ...], ...] = ()
+    placed: bool = True  # whether anything but attention depends on where a token is
+    positions: str | None = None  # an embedding whose rows are added to that of the token,
+    first_position: int = 0  # from this one on; it is
+    rows_of: type | None = None  # one of these
+    embedding_norm: str | None = None  # of what the first layer reads
 
 
 class StepParts:
@@ -64,17 +69,26 @@ class StepParts:
         self.embedded = [(_CHANGES[how], number) for how, number, _ in form.embedded]
         self.logits = [(_CHANGES[how], number) for how, number, _ in form.logits]
         self.angles = form.angles
+        self.positions = None if form.positions is None else _rows(model, form)
+        name = form.embedding_norm
+        self.embedding_norm = None if name is None else model.get_submodule(name)
         self.stack = stack
         self.ends = self._ends([(how, number) for how, number, _ in form.embedded])
         self.tables: tuple[list[Tensor], list[Tensor]] = [], []  # cos and sin for each kind
 
     def __call__(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any
+        self, ids: Tensor, positions: Tensor | None, mask: Tensor | None, cache: Any
     ) -> Tensor | None:
         """The logits [batch, 1, vocabulary] of what the forward of the model would give."""
         x = self.embedding(ids)
         for change, number in self.embedded:
             x = change(x, number)
+        if self.positions is not None and positions is not None:
+            if int(positions.max()) >= len(self.positions):
+                return None  # of which the forward of the model says what is wrong
+            x = x + nn.functional.embedding(positions, self.positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         angles: dict[tuple[str, ...], Any] = {}
         if self.rotary is not None:
             angles = {more: self.rotary(x, positions, *more) for more in set(self.angles)}
@@ -107,6 +121,10 @@ class StepParts:
 
     def _cover(self, last: int) -> bool:
         """Whether there are tables for all positions up to `last`."""
+        if self.positions is not None and last >= len(self.positions):
+            return False
+        if not any(form.rotary_dim for form in self.stack.kinds):
+            return True
         if self.tables[0] and last < len(self.tables[0][0]):
             return True
         dtype, rotary, self.tables = self.stack.dtype, self.rotary, ([], [])
@@ -136,6 +154,7 @@ class StepParts:
             dtype is None
             or Parts([self.embedding, norm, head]).watched()
             or not isinstance(norm, (FusedNorm, FusedLayerNorm))
+            or not _added(self.positions, dtype)
             or (of_norm is None and isinstance(self.embedding, QuantizedEmbedding))
             or (of_norm is not None and of_norm.dtype is not dtype)
             or not decoder._runs(head)
@@ -149,7 +168,27 @@ class StepParts:
             return None
         if table is None or scale is None:
             return None
-        return functional.DecoderEnds(table, described_norm(norm), described_linear(head), scale)
+        before = None
+        if self.embedding_norm is not None:
+            ours = isinstance(self.embedding_norm, (FusedNorm, FusedLayerNorm))
+            if not ours or Parts([self.embedding_norm]).watched():
+                return None
+            before = described_norm(self.embedding_norm)
+        return functional.DecoderEnds(
+            table, described_norm(norm), described_linear(head), scale, self.positions, before
+        )
+
+
+def _rows(model: nn.Module, form: Form) -> Tensor:
+    """Those that are added by position."""
+    weight: Any = model.get_submodule(form.positions or "").weight
+    rows: Tensor = weight.detach()[form.first_position :]
+    return rows
+
+
+def _added(rows: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the op can add these."""
+    return rows is None or (rows.dtype is dtype and rows.is_cpu and rows.is_contiguous())
 
 
 def _table(embedding: Any, dtype: torch.dtype) -> Any:
@@ -192,9 +231,14 @@ def look(model: Any) -> StepParts | None:
     if form is None or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None
     base: Any = model.get_submodule(form.base)
-    for module in (model, base):
+    called = form.embedding, form.rotary, form.layers, form.norm, form.embedding_norm
+    inside = [model.get_submodule(name) for name in called if name is not None]
+    others = [m for m in base.children() if all(m is not each for each in inside)]
+    for module in (model, model.base_model, base, *others):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return None
+    if form.positions and type(model.get_submodule(form.positions)) is not form.rows_of:
+        return None
     owner: Any = next(k for k in type(base).__mro__ if "forward" in vars(k))
     forward = owner.forward
     own = forward.__module__ == owner.__module__
@@ -230,6 +274,8 @@ def find(model: Any) -> Form | None:
 
 def _named(model: Any, base: nn.Module) -> Form | None:
     names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
+    if len(inside := list(base.children())) == 1:  # OPT: a base that holds a decoder alone
+        base = inside[0]
     stack = [m for m in base.children() if isinstance(m, decoder.FusedStack)]
     norms = [base._modules[n] for n in _NORMS if base._modules.get(n) is not None]
     rotary = base._modules.get("rotary_emb")
@@ -257,12 +303,14 @@ def _tried(model: Any, form: Form) -> Form | None:
     part = told.copy.get_submodule
     angles = _angles(None if form.rotary is None else part(form.rotary), layers, told)
     numbers = _numbers(model, model.get_submodule(form.base))
-    embedded = _change(part(form.embedding).forward(spies.IDS), told.inputs[0], numbers)
+    embedded, form = _before(model, form, told, numbers)
     said = part(form.head).forward(part(form.norm).forward(told.made[-1]))
     last = _change(said, told.result.logits, numbers)
     if angles is None or embedded is None or last is None:
         return None
-    return replace(form, embedded=embedded, logits=last, angles=angles)
+    turns = any(layer.fused_form.rotary_dim for layer in layers)
+    placed = turns or form.positions is not None
+    return replace(form, embedded=embedded, logits=last, angles=angles, placed=placed)
 
 
 def _angles(rotary: Any, layers: list[Any], told: spies.Told) -> tuple[tuple[str, ...], ...] | None:
@@ -270,22 +318,65 @@ def _angles(rotary: Any, layers: list[Any], told: spies.Told) -> tuple[tuple[str
     more than angles."""
     known = {"attention_mask", "position_embeddings", *decoder._KNOWN}
     kinds, firsts = decoder._kinds(layers)
-    own = all(layer.fused_form.angles for layer in layers)  # angles, by position
-    if rotary is None and not own:
+    forms = [layer.fused_form for layer in layers]
+    known |= {form.alibi[0] for form in forms if form.alibi is not None}
+    own = all(form.angles for form in forms)  # angles, by position
+    turns = any(form.rotary_dim for form in forms)
+    if rotary is None and not own and turns:
         return None
-    typed = not own and "layer_type" in inspect.signature(rotary.forward).parameters
-    found = tuple((layers[first].fused_form.type,) if typed else () for first in firsts)
+    ours = rotary is not None and not own
+    typed = ours and "layer_type" in inspect.signature(rotary.forward).parameters
+    found = tuple((forms[first].type,) if typed else () for first in firsts)
     made = [(spies.POSITIONS,)] * len(found)
-    if not own:
+    if ours:
         made = [rotary.forward(told.inputs[0], spies.POSITIONS, *more) for more in found]
     for kind, kwargs in zip(kinds, told.kwargs, strict=True):
         if any(kwargs[k] is not None and kwargs[k] is not False for k in kwargs.keys() - known):
             return None
-        given = (kwargs["position_ids"],) if own else kwargs["position_embeddings"]
-        same = all(map(torch.equal, given, made[kind]))
-        if kwargs.get("attention_mask") is not None or not same:
+        given: Any = (kwargs.get("position_ids"),) if own else kwargs.get("position_embeddings")
+        if turns and not (given and all(map(torch.equal, given, made[kind]))):
+            return None
+        if not _causal(kwargs.get("attention_mask"), forms[0].negated):
             return None
     return found
+
+
+def _causal(mask: Tensor | None, negated: bool) -> bool:
+    """Whether a mask of the spies' tokens hides nothing but what comes later."""
+    count = spies.IDS.shape[1]
+    later = torch.ones(count, count, dtype=torch.bool).triu(1)
+    return mask is None or (negated and torch.equal(mask, later.expand(1, 1, -1, -1)))
+
+
+def _before(
+    model: Any, form: Form, told: spies.Told, numbers: dict[str, float]
+) -> tuple[tuple[Change, ...] | None, Form]:
+    """What is done to the embedding before the first layer; and the form, with the rows for
+    positions and the norm that are part of it."""
+    x, given = told.copy.get_submodule(form.embedding).forward(spies.IDS), told.inputs[0]
+    for name, table in _inside(model, form, nn.Embedding):
+        first = int(getattr(table, "offset", 0))
+        size = table.num_embeddings, table.embedding_dim
+        enough = size[0] > first + int(spies.POSITIONS.max()) and size[1] == x.shape[-1]
+        if name == form.embedding or not enough or table.max_norm is not None:
+            continue
+        rows = nn.functional.embedding(spies.POSITIONS + first, table.weight)
+        if not rows.any():
+            return None, form  # which may be others later, and say nothing now
+        if torch.equal(x + rows, given):
+            of = type(table)
+            return (), replace(form, positions=name, first_position=first, rows_of=of)
+    for name, norm in _inside(model, form, (FusedNorm, FusedLayerNorm)):
+        if name != form.norm and torch.equal(norm.forward(x), given):
+            return (), replace(form, embedding_norm=name)
+    return _change(x, given, numbers), form
+
+
+def _inside(model: Any, form: Form, kinds: Any) -> list[tuple[str, Any]]:
+    """What the base holds itself of these kinds, by name."""
+    base: nn.Module = model.get_submodule(form.base)
+    found = [(f"{form.base}.{name}", m) for name, m in base.named_children()]
+    return [(name, m) for name, m in found if isinstance(m, kinds)]
 
 
 def _change(x: Tensor, y: Tensor, numbers: dict[str, float]) -> tuple[Change, ...] | None:

@@ -20,8 +20,8 @@ from transformers import (
 import lmfuse
 from helpers import BF16, F32, assert_same_bits
 from lmfuse.generation import Cache, hf_beam_search
-from lmfuse.hf import beams, step
-from test_loop import generate
+from lmfuse.hf import beams
+from test_loop import counted_loops, generate
 from test_models import batch, make
 
 
@@ -32,22 +32,7 @@ def models() -> dict[torch.dtype, Any]:
 
 @pytest.fixture
 def loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For each loop run here, how many steps were one op."""
-    found: list[int] = []
-    run, next_step = beams._Search.run, step.Run.next
-
-    def counted_run(*args: Any) -> Any:
-        found.append(0)
-        return run(*args)
-
-    def counted_step(*args: Any) -> Any:
-        logits, largest = next_step(*args)
-        found[-1] += largest is not None
-        return logits, largest
-
-    monkeypatch.setattr(beams._Search, "run", counted_run)
-    monkeypatch.setattr(step.Run, "next", counted_step)
-    return found
+    return counted_loops(monkeypatch, beams._Search)
 
 
 def ends_of(model: Any) -> list[int]:

@@ -31,11 +31,10 @@ def models() -> tuple[Any, Any]:
     return stock, lmfuse.optimize(stock)
 
 
-@pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """For each loop run here, how many steps were one op."""
+def counted_loops(monkeypatch: pytest.MonkeyPatch, kind: Any) -> list[int]:
+    """For each loop of this class that runs, how many steps were one op."""
     found: list[int] = []
-    run, next_step = loop._Loop.run, step.Run.next
+    run, next_step = kind.run, step.Run.next
 
     def counted_run(*args: Any) -> Any:
         found.append(0)
@@ -46,9 +45,14 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found[-1] += largest is not None
         return logits, largest
 
-    monkeypatch.setattr(loop._Loop, "run", counted_run)
+    monkeypatch.setattr(kind, "run", counted_run)
     monkeypatch.setattr(step.Run, "next", counted_step)
     return found
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return counted_loops(monkeypatch, loop._Loop)
 
 
 def generate(model: Any, inputs: dict[str, Tensor] | None = None, **options: Any) -> Any:

@@ -16,8 +16,8 @@ struct FewPart {
 
   // Of a position, all heads.
   int64_t run() const { return heads * bytes; }
-  // The same lines of memory; heads that lie beside each other at a position are one long row.
-  FewPart lines_of(const ChunkRows& those) const {
+  // The same of other rows, to be fetched: heads beside each other at a position are one long row.
+  FewPart over(const ChunkRows& those) const {
     if (head_step != bytes) return {&those, heads, bytes, head_step, apart};
     return {&those, 1, heads * bytes, heads * bytes, apart};
   }
@@ -29,7 +29,7 @@ template <int64_t kDistance>
 class LinesFrom {
  public:
   LinesFrom(FewPart keys, FewPart values, const ChunkRows& next_keys)
-      : parts_{keys.lines_of(*keys.rows), values.lines_of(*values.rows), keys.lines_of(next_keys)} {
+      : parts_{keys.over(*keys.rows), values.over(*values.rows), keys.over(next_keys)} {
     const int64_t lead = kPanel + kDistance / keys.run(), count = keys.rows->count;
     row_ = keys.rows->row + smaller(lead, count);
     last_ = keys.rows->row + count;

@@ -18,7 +18,7 @@ namespace {
 class FetchAhead {
  public:
   FetchAhead(FewPart keys, FewPart values, const ChunkRows& next_keys)
-      : parts_{keys.lines_of(*keys.rows), values.lines_of(*values.rows), keys.lines_of(next_keys)},
+      : parts_{keys.over(*keys.rows), values.over(*values.rows), keys.over(next_keys)},
         heads_(keys.heads) {
     const int64_t lead = (heads_ > 1 ? kPanel : 0) + kDistance / keys.run() +
                          kOfWeights;  // fetched with the chunk before

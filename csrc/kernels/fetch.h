@@ -1,4 +1,4 @@
-// How far ahead weights are fetched, and the read bandwidth that they are compared with.
+// How far ahead weights are fetched, and what the read bandwidth is measured with.
 #pragma once
 
 #include "simd.h"
@@ -17,8 +17,8 @@ LMFUSE_INLINE void fetch_lines(const char* at) {
 // Weights are fetched into the second-level cache (2), whose misses do not hold the line buffers of
 // the first (3); and again and again, for a Zen 4 drops what it has no room for. Of what a loop
 // reads there that fetches once: linear layers of 4 rows 97 -> 112 %, int8 by int8 91 -> 115, int4
-// by int8 81 -> 105. A request takes the second-level cache a cycle, so weights
-// that lie in it are read at 70 GB/s, not 140.
+// by int8 81 -> 105. A request takes the second-level cache a cycle, so weights that lie in it are
+// read at 70 GB/s, not 120 to 180.
 //
 // AMX machines read 10 to 15 % faster into the second level than into the first, but codes, whose
 // decoding fills the time between two lines, 12 to 15 % faster 2 KB ahead into the first (1 and 4

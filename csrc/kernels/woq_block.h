@@ -128,8 +128,7 @@ LMFUSE_INLINE Vec add_scaled(const WoqScales& w, int v, Vec z, float x_sum, floa
   return sum;
 }
 
-// The sums of R rows: in memory, or in registers while a tile runs over a panel
-// or some blocks of it.
+// The sums of R rows: in memory, or in registers while a tile runs over a panel or some blocks.
 template <int R, bool kKept>
 class WoqSums {
  public:

@@ -76,7 +76,7 @@ def search(
 
 def _fits(input_ids: Tensor, settings: Any, criteria: Any) -> bool:
     """Whether transformers would find room for all tokens."""
-    room, memory = settings.max_length, settings.low_memory  # of which it has none
+    room, memory = settings.max_length, settings.low_memory  # which it refuses in words
     lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
     return not memory and room is not None and input_ids.shape[1] < min(lengths, default=0) <= room
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lmfuse
+from lmfuse.functional._decoder_cache import Presents
 from lmfuse.modules import DecoderLayers, QuantizedLinear
-from lmfuse.modules.decoder_cache import Presents
 from lmfuse.quantization import WeightOnlyConfig
 from test_examples import MODELS, VOCAB, _randomized
 

@@ -212,6 +212,19 @@ def _decoder() -> Arguments:
     }  # fmt: skip
 
 
+def _indirect_decoder(past: Callable[[], tuple[Tensor, ...]] = _past) -> Arguments:
+    """One layer, whose cache holds three tokens, or none."""
+    length = past()[0].shape[-2] + 3
+    given = {k: v for k, v in _decoder().items() if k in ("hidden_states", "stack", "cos", "sin")}
+    mask = torch.ones(2, length, dtype=torch.bool)
+    return given | {"layer_past": past(), "mask": mask, "text_max_length": 8}
+
+
+def _decode_indirect(cos: Tensor, sin: Tensor, layer_past: Any, **more: Any) -> Any:
+    with torch.no_grad():
+        return F.indirect_cache_decoder(layer_past=[layer_past], cos=[cos], sin=[sin], **more)
+
+
 def _decoder_kinds() -> Arguments:
     """Two kinds of layers."""
     one = _decoder()
@@ -331,6 +344,8 @@ CALLS: dict[str, Call] = {
     "quantized experts": (F.experts, _quantized_experts),
     "rows of experts": (F.expert_rows, lambda: {"weight": torch.randn(4, 20, 40), "parts": 2}),
     "decoder": (F.decoder, _decoder),
+    "indirect decoder": (_decode_indirect, _indirect_decoder),
+    "indirect decoder first": (_decode_indirect, lambda: _indirect_decoder(_placeholder)),
     "decoder int8": (F.decoder, _decoder_int8),
     "decoder kinds": (F.decoder, _decoder_kinds),
     "decoder experts": (F.decoder, _decoder_experts),

@@ -24,6 +24,7 @@ from lmfuse.functional.indirect_attention import (
     indirect_access_kv_cache_attention,
     indirect_cache_attention,
 )
+from lmfuse.functional.indirect_decoder import indirect_cache_decoder
 from lmfuse.functional.linear import linear, linear_concat, linear_gate_up
 from lmfuse.functional.norm import (
     add_layer_norm,
@@ -79,6 +80,7 @@ __all__ = [
     "gelu_mul",
     "indirect_access_kv_cache_attention",
     "indirect_cache_attention",
+    "indirect_cache_decoder",
     "layer_norm",
     "linear",
     "linear_concat",

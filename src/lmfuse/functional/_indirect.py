@@ -183,11 +183,17 @@ def columns(beam_idx: Tensor, past: int, length: int) -> Tensor:
     with suppress(IndexError):  # of what stands in columns by then
         for t in range(past - 1, shared - 1, -1):
             column = columns[t] = beam_idx[t, column]
+    check_columns(columns)
+    return columns
+
+
+def check_columns(columns: Tensor, first: int = 0) -> None:
+    """Raises unless these, of positions from `first` on, are columns of a cache with as many."""
+    batch = columns.shape[1]
     bad = ((columns < 0) | (columns >= batch)).nonzero()
     if len(bad):
         t, i = bad[0].tolist()
         raise ValueError(
-            f"the beam indices of layer_past name row {int(columns[t, i])} at position {t}, but "
-            f"the batch has {batch} rows"
+            f"the beam indices of layer_past name row {int(columns[t, i])} at position "
+            f"{first + t}, but the batch has {batch} rows"
         )
-    return columns

@@ -204,6 +204,17 @@ def layer_row(layer: DecoderLayer, parameters: list[Tensor]) -> tuple[list[int],
     return integers, numbers
 
 
+# Where a row of integers has them, from its end.
+_KV_HEADS, _HEAD_DIM, _WINDOW, _KIND = -14, -13, -6, -3
+
+
+def cache_sizes(layout: Tensor) -> list[int]:
+    """Of layers with these rows of integers kv_heads and head_dim, and the window of each kind."""
+    rows: list[list[int]] = layout.tolist()
+    windows = {row[_KIND]: row[_WINDOW] for row in rows}
+    return [rows[0][_KV_HEADS], rows[0][_HEAD_DIM], *(windows[k] for k in sorted(windows))]
+
+
 def placing(parameters: list[Tensor]) -> Callable[[Tensor | None], int]:
     """What lets a tensor join `parameters` and says its place there."""
 
@@ -274,7 +285,7 @@ def _experts(
         raise TypeError("gate_up and down of experts must both be packed, or both quantized")
     integers = [*map(place, given), how, experts.inner_features, experts.chosen]
     biases = (experts.gate_up_bias, experts.down_bias)
-    flat = (None if b is None else b.contiguous().view(-1) for b in biases)
+    flat = (None if b is None else b.detach().contiguous().view(-1) for b in biases)
     return [*integers, ACTIVATIONS.index(act), *map(place, flat)], (experts.slope, experts.limit)
 
 

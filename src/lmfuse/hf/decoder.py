@@ -4,9 +4,10 @@ The list of a model's layers takes a subclass of nn.ModuleList. To the forward o
 owns it, it is one layer, which runs all of them in one op; to everybody else it is the list that it
 was. Where layers are of several kinds, each given a mask or angles of its own, the forward sees as
 many of them as it takes to tell all kinds, and those before the last only write down what they are
-given. The op is used while nobody can tell the difference: without hooks, gradients, tracing or
-outputs other than the last, and with our cache. Otherwise the layers run as the modules that they
-are, and each of them still is one op where its own inside is not looked at.
+given. The op is used while nobody can tell the difference: without hooks, gradients or outputs
+other than the last, and with our cache, or, while torch.jit traces, with tuples. Otherwise the
+layers run as the modules that they are, and each of them still is one op where its own inside is
+not looked at.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from lmfuse.functional import PackedExperts
 from lmfuse.functional.packed import is_matrix
 from lmfuse.generation.cache import Cache
 from lmfuse.generation.slots import Slots
+from lmfuse.generation.tuples import TupleCache
 from lmfuse.hf import attention, swap
 from lmfuse.hf.decoder_find import CACHE, asks_ours
 from lmfuse.hf.decoder_form import ANGLES, Form, looked_up
 from lmfuse.modules import QuantizedExperts, QuantizedLinear
 from lmfuse.modules.experts import PARTS, Experts
 from lmfuse.modules.linear import Linear, Transposed
-from lmfuse.modules.parts import Parts
+from lmfuse.modules.parts import Parts, untraced
 from lmfuse.modules.siblings import SiblingLinear
 
 _RUN = "_lmfuse_run"
@@ -64,7 +66,7 @@ class FusedDecoder(swap.Fused):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See the forward of the layer itself; where the op does the same, `functional.decoder`."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not _jit_traces():
             run = _run_of(self, [self])  # whose own hooks are called around this
             given = _named(self.fused_form, args, kwargs)
             result = None if run is None else run(hidden_states, [given])
@@ -182,11 +184,13 @@ def generating() -> Iterator[None]:
         _generating.seen = outer
 
 
+def _jit_traces() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def _run_of(owner: nn.Module, layers: list[Any]) -> _Run | None:
     """The run of these layers, made again once they or their parts are others; None if somebody
     looks inside."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return None  # a graph holds the modules
     run: _Run | None = vars(owner).get(_RUN)
     seen = _generating.seen
     if seen is not None and run in seen:
@@ -194,7 +198,8 @@ def _run_of(owner: nn.Module, layers: list[Any]) -> _Run | None:
     if run is None or not run.current(layers):
         if not _ours(layers):
             return None
-        run = vars(owner)[_RUN] = _Run(layers)
+        with untraced():
+            run = vars(owner)[_RUN] = _Run(layers)
     if run.stack is None or run.watched():
         return None
     if seen is not None:
@@ -273,6 +278,8 @@ class _Run:
         same = all(kwargs.get(self.kinds[0].cache) is cache for kwargs in given)
         if len(tables) < len(given) or not same:
             return None
+        if _jit_traces():
+            return self._traced(hidden_states, cache, given, tables)
         masks = list(map(_mask, self.kinds, given))
         masks = [mask if attention._hides(mask) else None for mask in masks]
         shape = hidden_states.shape[:2]
@@ -288,6 +295,31 @@ class _Run:
 
         result: Tensor | None = self._run(run, shape, cache)
         return result
+
+    def _traced(
+        self, x: Tensor, cache: Any, given: list[dict[str, Any]], tables: list[_Tables]
+    ) -> Tensor | None:
+        """For a graph, of which nothing may depend on what the tensors hold."""
+        if not isinstance(cache, TupleCache) or any(f.negated for f in self.kinds):
+            return None
+        layers = [cache.layers[a.layer_idx] for a in self.attention]
+        if layers[0].past[1].dtype.itemsize == 1:  # float8, which the layers' own ops read
+            return None
+        found = _angles(tables)
+        cos, sin = ([] if t is None else [t] if isinstance(t, Tensor) else t for t in found)
+        stack: Any = self.stack
+        out, past = functional.indirect_cache_decoder(
+            x,
+            stack,
+            [layer.past for layer in layers],
+            mask=given[0].get("attention_mask"),
+            cos=cos,
+            sin=sin,
+            text_max_length=layers[0].rows,
+        )
+        for layer, new in zip(layers, past, strict=True):
+            layer.past = new
+        return out
 
     def logits(
         self,

@@ -4,12 +4,11 @@
     model = set_optimized_model_for_generation(model, optimized_model=trace)
 
 An optimized model takes IPEX's tuple caches besides transformers' own, and gives tuples back: then
-its inputs and outputs are tensors, and every layer appends and attends in one op that no length,
-batch or number of beams is written into. Save a graph after `torch.jit.freeze` only: one that
-is not frozen gives a file that does not load.
-
-On a processor that decodes SmolLM2 in 8.0 ms a token eagerly, whole layers in one op, a trace takes
-9.8, for it holds the ops one by one.
+its inputs and outputs are tensors. A graph of torch.jit has all layers in one op where `optimize`
+has found out what they compute (`functional.indirect_cache_decoder`); elsewhere, and for
+torch.compile and torch.export, every layer appends and attends in one. No length, batch or number
+of beams is written into either. Save a graph after `torch.jit.freeze` only: one that is not frozen
+gives a file that does not load.
 """
 
 from __future__ import annotations

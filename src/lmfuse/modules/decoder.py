@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lmfuse import functional
 from lmfuse.functional import DecoderLayer, DecoderLinear
+from lmfuse.functional._decoder_cache import Step, UnlikeError
 from lmfuse.functional._indirect import LayerPast
 from lmfuse.functional.packed import is_matrix
-from lmfuse.modules.decoder_cache import Presents, Step, UnlikeError
-from lmfuse.modules.parts import Parts
+from lmfuse.modules.parts import Parts, untraced
 from lmfuse.modules.quantized_linear import QuantizedLinear
 
 
@@ -44,8 +44,10 @@ class DecoderLayers(nn.ModuleList):
         past: Sequence[LayerPast] | None,
         mask: Tensor | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Presents] | None:
+    ) -> tuple[Tensor, tuple[LayerPast, ...]] | None:
         """What the layers give, and their caches for the next call.
+
+        While torch.jit traces, the graph gets one op, `functional.indirect_cache_decoder`.
 
         Args:
             hidden_states: [batch, tokens, hidden].
@@ -57,13 +59,15 @@ class DecoderLayers(nn.ModuleList):
 
         Returns:
             None where the layers have to run as the modules that they are: in grad mode, under
-            autocast or tracing, with hooks or a replaced forward inside of them, over weights that
-            are neither packed nor quantized, with caches of another dtype than hidden_states, or
-            with a mask that hides positions behind others that are seen.
+            autocast or torch.compile, with hooks or a replaced forward inside of them, over weights
+            that are neither packed nor quantized, with caches of another dtype than hidden_states,
+            or with a mask that hides positions behind others that are seen.
         """
         run = self._found(hidden_states)
         if run is None or run.stack is None:
             return None
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return self._traced(hidden_states, run.stack, past, mask, angles)
         try:
             step = Step(hidden_states, past, run.like, self.text_max_length)
         except UnlikeError:
@@ -75,6 +79,22 @@ class DecoderLayers(nn.ModuleList):
         args = (hidden_states, run.stack, step.present.arenas, step.new, *seen)
         return functional.decoder(*args, cos, sin), step.present
 
+    def _traced(
+        self,
+        x: Tensor,
+        stack: functional.DecoderStack,
+        past: Sequence[LayerPast] | None,
+        mask: Tensor | None,
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[LayerPast, ...]] | None:
+        """For a graph, of which nothing may depend on what the tensors hold."""
+        if past is None or past[0][1].dtype.itemsize == 1 or (mask is not None and mask.dim() != 2):
+            return None
+        sin, cos = ((), ()) if angles is None else (angles[:1], angles[1:])
+        return functional.indirect_cache_decoder(
+            x, stack, past, mask=mask, cos=cos, sin=sin, text_max_length=self.text_max_length
+        )
+
     def _found(self, x: Tensor) -> _Run | None:
         """The layers as the op reads them; None if somebody looks inside."""
         if (
@@ -85,11 +105,11 @@ class DecoderLayers(nn.ModuleList):
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         ):
             return None
         if self._run is None or not self._run.parts.current():
-            self._run = _Run(self)
+            with untraced():
+                self._run = _Run(self)
         run = self._run
         return None if run.dtype is not x.dtype or run.parts.watched() else run
 

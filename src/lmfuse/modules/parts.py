@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -15,6 +17,18 @@ from lmfuse.modules.quantized_experts import QuantizedExperts
 from lmfuse.modules.quantized_linear import QuantizedLinear
 
 Hooks = dict[int, Callable[..., Any]]
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Within it torch.jit records nothing: what is made is a constant of its graph."""
+    trace: Any = torch._C
+    state = trace._get_tracing_state()
+    trace._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        trace._set_tracing_state(state)
 
 
 class Parts:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmfuse.functional import DecoderCaches, _indirect
+from lmfuse.functional import _indirect
 from lmfuse.functional._indirect import Caches, LayerPast
+from lmfuse.functional.decoder import DecoderCaches
 
 
 class Presents(tuple[LayerPast, ...]):
@@ -55,7 +56,7 @@ class Step:
         batch, tokens, _ = x.shape
         before = past[0][0].size(-2) if past else 0
         if past is not None and len(past) != layers:
-            raise UnlikeError
+            raise UnlikeError(f"layer_past has {len(past)} layers, but must have {layers}")
         if past is None or before == 0:
             key = x.new_empty((batch, tokens, heads, dim))
             caches = _fresh(key, past, layers, rows)
@@ -94,14 +95,14 @@ class Step:
         return table, torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
-class UnlikeError(Exception):
-    """The caches are for the modules to read, or to refuse in words."""
+class UnlikeError(ValueError):
+    """The caches are for the modules to read, or to refuse in words of their own."""
 
 
 def _fresh(key: Tensor, past: Sequence[LayerPast] | None, layers: int, rows: int) -> list[Caches]:
     """New caches, whose beam indices are one for all layers."""
     if past is not None and past[0][1].dtype.itemsize == 1:
-        raise UnlikeError
+        raise UnlikeError(_unlike(1, past[0][1], f"{key.dtype}, the dtype of hidden_states"))
     keys, values, beam_idx = _indirect.new_caches(key, key, None if past is None else past[0], rows)
     rest = [(torch.empty_like(keys), torch.empty_like(keys), beam_idx) for _ in range(layers - 1)]
     return [(keys, values, beam_idx), *rest]
@@ -112,21 +113,28 @@ def _checked(
 ) -> list[Caches]:
     """The caches, with rows for so many positions."""
     rows, columns = past[0][3].shape[0] - 2, x.shape[0]
+    shape = (rows, columns, heads, dim)
     for info, keys, values, beam_idx in () if isinstance(past, Presents) else past:
-        for cache in (keys, values):
+        for place, cache in ((1, keys), (2, values)):
             if (
-                tuple(cache.shape) != (rows, columns, heads, dim)
+                tuple(cache.shape) != shape
                 or cache.dtype is not x.dtype
                 or not cache.is_contiguous()
             ):
-                raise UnlikeError
-        if tuple(beam_idx.shape) != (rows + 2, columns) or info.shape != past[0][0].shape:
-            raise UnlikeError
+                raise UnlikeError(_unlike(place, cache, f"contiguous {x.dtype} of shape {shape}"))
+        if tuple(beam_idx.shape) != (rows + 2, columns):
+            raise UnlikeError(_unlike(3, beam_idx, f"of shape {(rows + 2, columns)}"))
+        if info.shape != past[0][0].shape:
+            raise UnlikeError(_unlike(0, info, "that of the first layer"))
     if past[0][3].shape[1] != columns or past[0][1].dtype is not x.dtype:
-        raise UnlikeError
+        raise UnlikeError(_unlike(1, past[0][1], f"{x.dtype}, for a batch of {columns}"))
     if length <= rows:
         return [layer[1:] for layer in past]
     return [_indirect.grown(layer[1:], length) for layer in past]
+
+
+def _unlike(place: int, is_: Tensor, must: str) -> str:
+    return f"layer_past[{place}] is {is_.dtype} of shape {tuple(is_.shape)}, but must be {must}"
 
 
 def _held(past: Sequence[LayerPast], before: int) -> Tensor:
@@ -139,6 +147,7 @@ def _held(past: Sequence[LayerPast], before: int) -> Tensor:
     if columns == 1 or before <= past.shared:
         return past.slots
     parents = beam_idx[before - 1]
+    _indirect.check_columns(parents.unsqueeze(0), before - 1)
     return torch.cat([past.slots[: past.shared], past.slots[past.shared :, parents]])
 
 

@@ -70,7 +70,8 @@ class Step:
         new = begins + torch.arange(0, columns, beams)
         self.new = new.t().flatten()
         self.slots = torch.cat([held, new]) if before else new
-        self.present = Presents((_indirect.info(before + tokens), *c) for c in caches)
+        info = _indirect.info(before + tokens)
+        self.present = Presents((info, *c) for c in caches)
         self.present.slots = (
             self.slots if beams == 1 else self.slots.repeat_interleave(beams, dim=1)
         )

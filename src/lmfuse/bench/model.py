@@ -19,6 +19,7 @@ from lmfuse import hf
 from lmfuse.bench.limits import Limits, Probe, measure, peak_probe, read_probe, recycle_memory
 from lmfuse.bench.models import MODELS, WOQ
 from lmfuse.bench.profile import profiled
+from lmfuse.hf import tracing
 from lmfuse.modules import QuantizedLinear
 
 PROMPT, NEW, ROUNDS = 512, 64, 3
@@ -49,7 +50,8 @@ class ModelResult:
     """What one model reached in one case. Seconds are medians.
 
     Attributes:
-        contender: "stock", "stock, compiled", "lmfuse", or "lmfuse int8" and the like, quantized.
+        contender: "stock", "stock, compiled", "lmfuse", "lmfuse, traced", or "lmfuse int8" and the
+            like, quantized.
         first, next: seconds until the first token, and for each one after it.
         first_fraction, next_fraction: of the arithmetic peak, and of the read bandwidth, that were
             measured right before and after.
@@ -150,6 +152,7 @@ class ModelRunner:
         name: of `MODELS`.
         dtype: what it computes in.
         compiled: also stock through torch.compile.
+        traced: also optimized, as a graph of torch.jit.
         woq: also optimized with these weights, of `WOQ`.
         stock: stock itself; it takes most of the time.
     """
@@ -158,7 +161,9 @@ class ModelRunner:
         self,
         name: str,
         dtype: torch.dtype,
+        *,
         compiled: bool = False,
+        traced: bool = False,
         woq: Sequence[str] = (),
         stock: bool = True,
     ) -> None:
@@ -168,9 +173,11 @@ class ModelRunner:
         self.models: dict[str, Any] = {"stock": made} if stock else {}
         if compiled:
             self.models["stock, compiled"] = _compiled(made)
-        quantized = {f"lmfuse {w}": hf.optimize(made, quantization_config=WOQ[w]) for w in woq}
+        more = {f"lmfuse {w}": hf.optimize(made, quantization_config=WOQ[w]) for w in woq}
+        if traced:
+            more["lmfuse, traced"] = tracing.trace_for_generation(hf.optimize(made))
         self.models["lmfuse"] = hf.optimize(made, inplace=not stock and not compiled)
-        self.models |= quantized
+        self.models |= more
         for model in self.models.values():
             model.generation_config.eos_token_id = None  # all are to write as much
         self.work = {name: work(model) for name, model in self.models.items()}

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lmfuse.bench.limits import Limits
-from lmfuse.bench.model import CASES, ModelCase, ModelResult, ModelRunner
+from lmfuse.bench.model import CASES, ROUNDS, ModelCase, ModelResult, ModelRunner
 from lmfuse.bench.models import MODELS, quiet
 from lmfuse.cli._console import console
 from lmfuse.modules import QuantizedLinear
@@ -36,9 +36,11 @@ class Choice:
 
     dtype: DType = DType.bfloat16
     compiled: bool = False
+    traced: bool = False
     woq: Sequence[str] = ()
     stock: bool = True
     prompt: int | None = None
+    rounds: int = ROUNDS
 
     def cases(self) -> Sequence[ModelCase]:
         """The usual ones, or one prompt of the length asked for."""
@@ -84,13 +86,20 @@ def _run(name: str, choice: Choice) -> tuple[Limits, list[ModelResult], list[str
         dtype = getattr(torch, choice.dtype.value)
         try:
             with quiet():
-                runner = ModelRunner(name, dtype, choice.compiled, choice.woq, choice.stock)
+                runner = ModelRunner(
+                    name,
+                    dtype,
+                    compiled=choice.compiled,
+                    traced=choice.traced,
+                    woq=choice.woq,
+                    stock=choice.stock,
+                )
         except FileNotFoundError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(1) from None
         for case in cases:
             say(str(case))
-            results += runner.run(case)
+            results += runner.run(case, choice.rounds)
     notes = [_computes(w, runner.models[f"lmfuse {w}"]) for w in choice.woq]
     return runner.limits, results, notes
 

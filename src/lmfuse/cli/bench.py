@@ -18,6 +18,7 @@ from lmfuse.bench import STEMS, Case, cases, memory, plot
 from lmfuse.bench.case import MismatchError
 from lmfuse.bench.limits import Limits
 from lmfuse.bench.machine import describe
+from lmfuse.bench.model import ROUNDS
 from lmfuse.bench.models import MODELS, WOQ
 from lmfuse.bench.runner import Result, Runner
 from lmfuse.cli import _bench_model
@@ -68,6 +69,9 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="For model: beside stock through torch.compile, too.")
     ] = False,
+    traced: Annotated[
+        bool, typer.Option("--traced", help="For model: as a graph of torch.jit, too.")
+    ] = False,
     woq: Annotated[
         str,
         typer.Option(
@@ -82,6 +86,9 @@ def bench(
         int | None,
         typer.Option(min=1, help="For model: one prompt of so many tokens, not the usual cases."),
     ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="For model: how many times, for medians.")
+    ] = ROUNDS,
 ) -> None:
     """Check each op, then time it: GB/s, fraction of the machine's limit, ratio to stock torch."""
     if earlier:
@@ -116,7 +123,7 @@ def bench(
     if any(case.name == "causal prompt" for _, case in chosen):
         found["prompt_memory"] = _prompt_memory()
     if names:
-        choice = _bench_model.Choice(dtype, compiled, quantized, stock, prompt)
+        choice = _bench_model.Choice(dtype, compiled, traced, quantized, stock, prompt, rounds)
         found["models"] = _bench_model.run(names, choice)
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=2) + "\n")

@@ -382,7 +382,57 @@ def test_fewer_layers() -> None:
     ours = lmfuse.optimize(stock)
     for model in (stock, ours):
         model.config.num_hidden_layers = 1
-    assert torch.equal(generated(ours), generated(stock))
+    expected = generated(stock)
+    assert torch.equal(generated(ours), expected)
+    assert torch.equal(generated(ours, past_key_values=Cache()), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_layers_that_were_taken_away(family: str) -> None:
+    """The last one of the list, which then ends as it did; or all of a kind."""
+    stock = model_of(family)
+    ours = lmfuse.optimize(stock)
+    for beams in (1, 3):
+        generated(ours, num_beams=beams)
+    for keep in (slice(-1), slice(1)):
+        for model in (stock, ours):
+            base = model.base_model
+            name = "h" if family == "gpt2" else "layers"
+            if keep == slice(1):
+                setattr(base, name, nn.ModuleList(getattr(base, name)[keep]))
+            else:
+                del getattr(base, name)[-1]
+        for beams in (1, 3):
+            assert torch.equal(generated(ours, num_beams=beams), generated(stock, num_beams=beams))
+
+
+def test_a_forward_that_adds_between_layers() -> None:
+    """Qwen3-VL adds what it knows of an image after its first layers."""
+    text = {**TINY, "head_dim": 16, "num_hidden_layers": 4}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [4, 2, 2]}
+    text["rope_parameters"]["rope_theta"] = 10000.0
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4}
+    vision |= {"out_hidden_size": 64, "patch_size": 4, "deepstack_visual_indexes": [0, 1]}
+    tokens = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122}
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config=vision, vision_end_token_id=123, **tokens
+    )
+    torch.manual_seed(0)
+    stock = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    ours = lmfuse.optimize(stock)
+    assert hf.report(ours).replaced["model.language_model.layers"] == "stack of decoder layers"
+    ids = torch.tensor([[5, 6, 122, 120, 120, 120, 120, 123, 7, 8]])
+    image = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "pixel_values": torch.randn(16, 96)}
+    given = {"input_ids": ids, "mm_token_type_ids": (ids == 120).int(), **image}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(**given).logits, stock(**given).logits, rtol=1e-4, atol=1e-4
+        )
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(ours.generate(**given, **options), stock.generate(**given, **options))
 
 
 def test_compile_and_export(runs: list[int]) -> None:

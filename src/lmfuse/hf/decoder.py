@@ -11,7 +11,6 @@ are, and each of them still is one op where its own inside is not looked at.
 
 from __future__ import annotations
 
-import operator
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,8 +39,9 @@ _RUN = "_lmfuse_run"
 _Given: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"  # to a layer, besides its input
 _Tables: TypeAlias = tuple[Tensor | None, Tensor | None]  # cos and sin
 
-# What forwards call the question whether they collect what is between layers.
+# What forwards call the question whether they collect what is between layers, and what they add.
 _COLLECTS = ("output_hidden_states", "output_attentions")
+_ADDS = ("deepstack_visual_embeds", "deepstack_features")
 # What a layer may be given besides its input: what the op takes, and what is of no consequence.
 _KNOWN = {"attention_mask", "position_embeddings", *CACHE}
 _KNOWN |= {"position_ids", "use_cache", "cache_position"}
@@ -89,6 +89,7 @@ class FusedStack(swap.Fused, nn.ModuleList):
             caller.f_code.co_name == "forward"
             and caller.f_globals.get("__name__") == self.fused_module
             and not any(map(caller.f_locals.get, _COLLECTS))
+            and all(caller.f_locals.get(name) is None for name in _ADDS)
             and _ours(self._modules.values())
         ):
             return self._few()
@@ -251,7 +252,7 @@ class _Run:
 
     def current(self, layers: list[Any]) -> bool:
         """Whether the layers, their parts and parameters are those of before."""
-        return all(map(operator.is_, layers, self.layers)) and self.parts.current()
+        return layers == self.layers and self.parts.current()  # modules compare by identity
 
     def watched(self) -> bool:
         """Whether somebody looks at what a part of the layers is given or gives."""

@@ -59,15 +59,13 @@ def _forms(model: nn.Module, name: str, layers: nn.ModuleList, done: swap.Report
 
 def _told_by_kind(parent: Any, layers: nn.ModuleList) -> bool:
     """Whether the forward of `parent` gives layers of one kind the same, and does nothing between
-    layers: tried where there are several kinds."""
+    layers: tried, but where there is one kind and it cannot be."""
     kinds, firsts = _kinds(list(layers))
-    if len(firsts) == 1:
-        return True
     try:
         with torch.no_grad():
             told = spies.told(parent, layers)
     except Exception:  # it is foreign code
-        return False
+        return len(firsts) == 1
     of_kind = [told.kwargs[first] for first in firsts] if told.unbroken(len(layers)) else []
     return bool(of_kind) and all(
         kwargs.keys() == of_kind[kind].keys()

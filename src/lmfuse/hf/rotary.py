@@ -53,6 +53,8 @@ class FusedRotary(swap.Fused):
     def _looked_up(
         self, dtype: torch.dtype, position_ids: Tensor, *kind: str
     ) -> tuple[Tensor, Tensor] | None:
+        if position_ids.dim() != 2:  # one for each of three axes of an image
+            return None
         known: dict[tuple[str, ...], _Tables] = vars(self).setdefault(_TABLES, {})
         tables = known.get(kind)
         if tables is not None and tables.hold(dtype, self._frequencies(*kind)):

@@ -370,6 +370,8 @@ def test_copies_pickles_and_restore(runs: list[int]) -> None:
         assert runs == [2] * 10
     assert list(ours.state_dict()) == list(stock.state_dict())
     lmfuse.restore(ours)
+    left = {name for module in ours.modules() for name in vars(module)}
+    assert left == {name for module in stock.modules() for name in vars(module)}
     runs.clear()
     assert type(ours.model.layers) is nn.ModuleList
     assert torch.equal(generated(ours), expected)

@@ -60,6 +60,7 @@ _RECORDER = next(
 class FusedDecoder(swap.Fused):
     """A decoder layer that runs as one op where it can."""
 
+    fused_found = (_RUN,)
     fused_form: Form
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -72,13 +73,11 @@ class FusedDecoder(swap.Fused):
                 return (result, None) if self.fused_form.pair else result
         return super().forward(hidden_states, *args, **kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _without_run(super().__reduce__())
-
 
 class FusedStack(swap.Fused, nn.ModuleList):
     """The decoder layers of a model, which to its forward are one, or one of each type."""
 
+    fused_found = (_RUN,)
     fused_module: str  # whose functions called forward see these
 
     def __iter__(self) -> Iterator[Any]:
@@ -135,9 +134,6 @@ class FusedStack(swap.Fused, nn.ModuleList):
             x = layer(x[0] if pair and layer is not layers[0] else x, *args, **kwargs)
         return x
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _without_run(super().__reduce__())
-
 
 def _named(form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a layer is given besides its input, all with names."""
@@ -155,11 +151,6 @@ def _kinds(layers: list[Any]) -> tuple[list[int], list[int]]:
     names = [(f.type, f.window) for f in (layer.fused_form for layer in layers)]
     order = list(dict.fromkeys(names))
     return [order.index(name) for name in names], [names.index(name) for name in order]
-
-
-def _without_run(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
-    make, arguments, state = reduced
-    return make, arguments, {k: v for k, v in state.items() if k != _RUN}
 
 
 class _Generating(threading.local):

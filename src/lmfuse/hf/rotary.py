@@ -39,6 +39,8 @@ class _Tables:
 class FusedRotary(swap.Fused):
     """A rotary embedding that looks its angles up: 20 us for a token, and not 90."""
 
+    fused_found = (_TABLES,)
+
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
         """cos and sin [batch, tokens, width] of each position, in the dtype of x."""
         return self._angles(x, position_ids)
@@ -90,10 +92,6 @@ class FusedRotary(swap.Fused):
     def _frequencies(self, *kind: str) -> Tensor:
         frequencies: Tensor = self._buffers["_".join((*kind, "inv_freq"))]  # type: ignore
         return frequencies
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        make, arguments, state = super().__reduce__()
-        return make, arguments, {k: v for k, v in state.items() if k != _TABLES}
 
 
 class FusedTypedRotary(FusedRotary):

@@ -25,10 +25,12 @@ class Fused(nn.Module):
     # Names that no module of a model has: class attributes hide parameters.
     fused_stock: type[nn.Module]
     fused_settings: tuple[tuple[str, Any], ...]
+    fused_found: tuple[str, ...] = ()  # attributes that a copy finds out for itself
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle finds a class by its name, but ours are made on the fly: make it again there.
-        return _new, _recipe(type(self)), self.__dict__
+        state = {k: v for k, v in self.__dict__.items() if k not in self.fused_found}
+        return _new, _recipe(type(self)), state
 
 
 def _recipe(kind: type[Fused]) -> tuple[type[Fused], Any, dict[str, Any]]:
@@ -97,6 +99,8 @@ def give_back(model: nn.Module) -> None:
     """Gives every module of `model` its stock class."""
     for module in model.modules():
         while isinstance(module, Fused):
+            for name in module.fused_found:
+                vars(module).pop(name, None)
             module.__class__ = type(module).fused_stock  # type: ignore[assignment]
 
 

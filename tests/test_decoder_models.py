@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -406,6 +407,64 @@ def test_layers_that_were_taken_away(family: str) -> None:
                 del getattr(base, name)[-1]
         for beams in (1, 3):
             assert torch.equal(generated(ours, num_beams=beams), generated(stock, num_beams=beams))
+
+
+class Halved(nn.Module):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x.tanh() / 2
+
+
+class Halves(Halved):
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().forward(hidden_states), None
+
+
+def each(model: Any, name: str) -> list[nn.Module]:
+    return [m for m in model.modules() if hasattr(m, name)]
+
+
+LATER: dict[str, Callable[[Any], Any]] = {
+    "norm": lambda m: setattr(m.model.layers[1], "input_layernorm", Halved()),
+    "norm of heads": lambda m: setattr(m.model.layers[1].self_attn, "q_norm", Halved()),
+    "mlp": lambda m: setattr(m.model.layers[1], "mlp", Halved()),
+    "attention": lambda m: setattr(m.model.layers[1], "self_attn", Halves()),
+    "activation": lambda m: [setattr(x, "act_fn", nn.Tanh()) for x in each(m, "act_fn")],
+    "epsilon": lambda m: [setattr(x, "eps", 0.5) for x in each(m, "eps")],
+    "scale": lambda m: [setattr(x, "scaling", 0.9) for x in each(m, "scaling")],
+    "angles": lambda m: [
+        setattr(x, name, 1.4)
+        for x in m.modules()
+        for name in [*vars(x)]
+        if name.endswith("attention_scaling")
+    ],
+}
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+@pytest.mark.parametrize("what", LATER)
+def test_modules_and_numbers_that_are_others_now(what: str, when: str, runs: list[int]) -> None:
+    """Run as the modules that they are, until they are again what they were."""
+    stock = model_of("gemma3_text")
+    ours = lmfuse.optimize(stock)
+    before = generated(ours) if when == "later" else None
+    scales = [layer.self_attn.scaling for layer in ours.model.layers]
+    runs.clear()
+    for model in (stock, ours):
+        LATER[what](model)
+    for beams in (1, 3):
+        assert torch.equal(generated(ours, num_beams=beams), generated(stock, num_beams=beams))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(**inputs(True)).logits[:, -1], stock(**inputs(True)).logits[:, -1]
+        )
+    if what == "angles":  # which are given to the layers
+        return
+    assert 4 not in runs
+    if what == "scale" and before is not None:
+        for layer, scale in zip(ours.model.layers, scales, strict=True):
+            layer.self_attn.scaling = scale
+        assert torch.equal(generated(ours), before)
+        assert 4 in runs
 
 
 def test_a_forward_that_adds_between_layers() -> None:

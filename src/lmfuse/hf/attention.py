@@ -31,7 +31,7 @@ NAME, PAGED_NAME = "lmfuse", "lmfuse_flash"
 # What a 2-D mask says besides which keys are padding: how many positions a query sees.
 _WINDOW = "lmfuse_window"
 
-# A family that asks for a whole mask, to add ALiBi to it, and whose attention here does that itself.
+# A family that asks for a whole mask, to add ALiBi to it, which its attention here does itself.
 _ADDS_ITSELF = "falcon"
 
 # The functions within transformers' functions that a causal mask with a window is made of.
@@ -63,8 +63,8 @@ def mask(
     Returns:
         None: causal, nothing else is hidden. [batch, kv_length] bool: causal, and these keys are
         seen (True), in the window that the tensor carries. Otherwise, and for models that read it
-        (allow_is_causal_skip=False), what transformers makes for scaled_dot_product_attention: [batch, 1, q_length, kv_length] bool, or None where there is
-        nothing to hide.
+        (allow_is_causal_skip=False), what transformers makes for scaled_dot_product_attention:
+        [batch, 1, q_length, kv_length] bool, or None where there is nothing to hide.
     """
     bidirectional = mask_function is masking_utils.bidirectional_mask_function
     window = _window(mask_function)

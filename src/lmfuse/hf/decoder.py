@@ -208,19 +208,19 @@ class _Run:
         self.forms: list[Form] = [layer.fused_form for layer in layers]
         self.kind_of, self.firsts = _kinds(layers)
         self.kinds = [self._common(kind) for kind in range(len(self.firsts))]
-        self.attention: list[Any] = [
-            layer.get_submodule(f.attention) for f, layer in zip(self.forms, layers, strict=True)
-        ]
         modules = [m for layer in layers for m in layer.modules()]
         if len(layers) == 1:
             modules.remove(layers[0])
-        copied = [t for f, x in zip(self.forms, layers, strict=True) for t in f.copied(x)]
-        each = zip(self.forms, self.attention, strict=True)
+        self.changes, self.hold = swap.changes.count, self._hold()
+        pairs = list(zip(self.forms, layers, strict=True)) if self.hold else []
+        self.attention: list[Any] = [layer.get_submodule(f.attention) for f, layer in pairs]
+        copied = [t for f, x in pairs for t in f.copied(x)]
+        each = zip(self.forms, self.attention, strict=False)
         self.angles = [a._buffers[ANGLES] for f, a in each if f.angles]
         self.parts = Parts(modules, layers, copied + self.angles)
         dtypes = {p.dtype for layer in layers for p in layer.parameters()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
-        self.stack = self._stack()
+        self.stack = self._stack() if self.hold else None
 
     def _common(self, kind: int) -> Form:
         forms = [f for f, k in zip(self.forms, self.kind_of, strict=True) if k == kind]
@@ -242,8 +242,17 @@ class _Run:
         return functional.decoder_stack(described)
 
     def current(self, layers: list[Any]) -> bool:
-        """Whether the layers, their parts and parameters are those of before."""
-        return layers == self.layers and self.parts.current()  # modules compare by identity
+        """Whether the layers, their parts, parameters and numbers are those of before."""
+        if layers != self.layers or not self.parts.current():  # modules compare by identity
+            return False
+        if self.changes != swap.changes.count:
+            self.changes = swap.changes.count
+            return self.hold == self._hold()
+        return True
+
+    def _hold(self) -> bool:
+        """Whether the layers are what their forms say."""
+        return all(f.holds(layer) for f, layer in zip(self.forms, self.layers, strict=True))
 
     def watched(self) -> bool:
         """Whether somebody looks at what a part of the layers is given or gives."""

@@ -41,6 +41,10 @@ class FusedRotary(swap.Fused):
 
     fused_found = (_TABLES,)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self).pop(_TABLES, None)  # made with attention_scaling, for one
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
         """cos and sin [batch, tokens, width] of each position, in the dtype of x."""
         return self._angles(x, position_ids)

@@ -316,8 +316,8 @@ def _tried(model: Any, form: Form) -> Form | None:
     kinds = _kinds([forms[first] for first in decoder._kinds(layers)[1]])
     turns = any(form.rotary_dim for form in forms)
     placed = turns or form.positions is not None
-    between = {"embedded": embedded, "logits": last}
-    return replace(form, **between, kinds=kinds, angles=angles, placed=placed)
+    form = replace(form, kinds=kinds, angles=angles, placed=placed)
+    return replace(form, embedded=embedded, logits=last)
 
 
 def _kinds(forms: list[Any]) -> tuple[tuple[str | None, int | None], ...]:

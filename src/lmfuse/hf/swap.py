@@ -19,6 +19,15 @@ from lmfuse.modules.probe import generator as generator
 from lmfuse.modules.probe import random as random
 
 
+class Changes:
+    """How often an attribute of a module that lmfuse swapped was set."""
+
+    count = 0
+
+
+changes = Changes()
+
+
 class Fused(nn.Module):
     """What every class that lmfuse swaps in derives from; see `subclass`."""
 
@@ -26,6 +35,10 @@ class Fused(nn.Module):
     fused_stock: type[nn.Module]
     fused_settings: tuple[tuple[str, Any], ...]
     fused_found: tuple[str, ...] = ()  # attributes that a copy finds out for itself
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        changes.count += name != "training"  # of all modules, as model.eval() does
+        super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle finds a class by its name, but ours are made on the fly: make it again there.
@@ -93,6 +106,11 @@ class Report:
 def put(module: nn.Module, swap: Swap) -> None:
     """Gives `module` the class of `swap`."""
     module.__class__ = swap.kind
+
+
+def kind_of(x: object) -> str:
+    """The class of x, by a name that is the same in another process."""
+    return f"{type(x).__module__}.{type(x).__qualname__}"
 
 
 def give_back(model: nn.Module) -> None:

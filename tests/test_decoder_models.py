@@ -467,6 +467,40 @@ def test_modules_and_numbers_that_are_others_now(what: str, when: str, runs: lis
         assert 4 in runs
 
 
+@pytest.mark.parametrize("where", ["", "model", "model.layers.1", "model.layers.1.mlp"])
+def test_a_class_derived_to_change_its_forward(where: str) -> None:
+    """By something that is told to it after it was tried."""
+    stock = model_of()
+    kind: Any = type(stock.get_submodule(where))
+    told: dict[str, Any] = {"times": 1.0, "seen": 0}
+
+    class Steered(kind):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            told["seen"] += 1
+            out = super().forward(*args, **kwargs)
+            if isinstance(out, Tensor):
+                return out * told["times"]
+            name = "logits" if "logits" in out else "last_hidden_state"
+            out[name] = out[name] * told["times"]
+            return out
+
+    stock.get_submodule(where).__class__ = Steered
+    ours = lmfuse.optimize(stock)
+    for times in (1.0, -1.0):
+        told["times"] = times
+        for beams in (1, 3):
+            counts = []
+            found = []
+            for model in (ours, stock):
+                told["seen"] = 0
+                found.append(generated(model, num_beams=beams))
+                counts.append(told["seen"])
+            assert torch.equal(*found)
+            assert counts[0] == counts[1]
+    if where == "model.layers.1":
+        assert "Steered's own" in hf.report(ours).stock[where]
+
+
 def test_a_forward_that_adds_between_layers() -> None:
     """Qwen3-VL adds what it knows of an image after its first layers."""
     text = {**TINY, "head_dim": 16, "num_hidden_layers": 4}

@@ -175,6 +175,8 @@ def _swap_all(model: nn.Module) -> swap.Report:
             for plan in passes:
                 found = plan(model, name, module)
                 if isinstance(found, swap.Swap):
+                    found = swap.overrides(module) or found
+                if isinstance(found, swap.Swap):
                     swaps.append((module, found))
                     done.replaced[name] = found.becomes
                     done.stock.pop(name, None)

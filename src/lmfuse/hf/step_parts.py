@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from lmfuse import functional
 from lmfuse.functional import PackedWeight
-from lmfuse.hf import decoder, spies
+from lmfuse.hf import decoder, spies, swap
 from lmfuse.hf.decoder_form import described_norm
 from lmfuse.hf.norm import FusedLayerNorm, FusedNorm
 from lmfuse.hf.rotary import FusedRotary
@@ -266,7 +266,9 @@ def _numbers(model: Any, base: Any) -> dict[str, float]:
 def find(model: Any) -> Form | None:
     """Where the parts of `model` are, if a step of it is these and little else."""
     base = getattr(model, "base_model", None)
-    form = None if base is None or base is model else _named(model, base)
+    if base is None or base is model or swap.overrides(model) or swap.overrides(base):
+        return None
+    form = _named(model, base)
     if form is None:
         return None
     try:

@@ -174,7 +174,7 @@ def _swap_all(model: nn.Module) -> swap.Report:
                 continue
             for plan in passes:
                 found = plan(model, name, module)
-                if isinstance(found, swap.Swap):
+                if isinstance(found, swap.Swap) and plan is not rope.plan:  # which calls all of it
                     found = swap.overrides(module) or found
                 if isinstance(found, swap.Swap):
                     swaps.append((module, found))

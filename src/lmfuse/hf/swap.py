@@ -112,7 +112,7 @@ def overrides(module: nn.Module) -> str | None:
     """In words, that somebody derived the class of `module` from another's to change its forward,
     perhaps by what is told to it later; or None."""
     kinds = [k for k in type(module).__mro__ if "forward" in vars(k) and not issubclass(k, Fused)]
-    own = [k for k in kinds if not k.__module__.startswith("torch.")]
+    own = [k for k in kinds if not k.__module__.startswith(("torch.", "lmfuse."))]
     if len(own) < 2 or own[0].__module__ == own[1].__module__:
         return None
     return f"its forward is {own[0].__name__}'s own, in place of {own[1].__name__}'s"

@@ -246,6 +246,16 @@ def test_layers_stand_alone_and_in_transformers_own_cache() -> None:
             layer.reorder_cache(torch.tensor([1, 1]))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_values_of_another_dtype_than_keys(batch: int) -> None:
+    """Under autocast RoPE makes keys float32, and nothing values."""
+    cache = Cache(config())
+    key, value = states(batch, 5, 0)
+    keys, values = cache.update(key, value.bfloat16(), 0)
+    assert torch.equal(keys + 0, key)
+    assert torch.equal(values + 0, value.bfloat16().float())
+
+
 def test_inference_mode_comes_and_goes() -> None:
     ours, stock = both()
     with torch.inference_mode():

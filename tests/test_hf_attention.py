@@ -113,6 +113,29 @@ def test_logits_are_those_of_eager_attention(family: str) -> None:
         close(mine(part, past_key_values=static).logits, stock(part, past_key_values=fixed).logits)
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("diffllama", {}), ("doge", {"keep_window_size": 5})]
+)
+def test_values_or_masks_that_a_model_computes_with(family: str, sizes: dict[str, Any]) -> None:
+    """It attends to other values than those of its cache, or adds to a mask that it asks for."""
+    config = transformers.AutoConfig.for_model(family, **TINY, **sizes)
+    torch.manual_seed(0)
+    stock = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    mine = lmfuse.optimize(stock)
+    inputs = batch()
+    seen = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        for given in (inputs, {"input_ids": inputs["input_ids"]}):
+            torch.testing.assert_close(
+                mine(**given).logits[seen], stock(**given).logits[seen], rtol=1e-4, atol=1e-4
+            )
+    for beams in (1, 3):
+        assert torch.equal(generate(mine, num_beams=beams), generate(stock, num_beams=beams))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss"])
 @torch.no_grad()
 def test_packed_sequences_do_not_see_each_other(family: str) -> None:

@@ -83,10 +83,21 @@ def test_writing_into_a_packed_weight(dtype: torch.dtype) -> None:
         lambda t: t.zero_(),
         lambda t: nn.init.constant_(t, 3.0),
         lambda t: torch.add(t, t, out=t),
+        lambda t: t.uniform_(generator=torch.Generator().manual_seed(0)),
     ):
         assert change(packed) is packed
         change(alias)
         assert_same_bits(packed.unpack(), alias)
+    other = pack_linear(w)
+    for t, more in ((packed, other), (alias, w)):
+        t[3:5, 1:4] = 0.5
+        t[7:20] *= 2
+        t[t > 1.5] = -1
+        t[44] = more[1]
+        plain = torch.zeros(2, 45, 70).to(dtype)
+        plain[1] = t
+        assert_same_bits(plain[1], alias if t is alias else packed.unpack())
+    assert_same_bits(packed.unpack(), alias)
     packed.data = w
     assert_same_bits(packed.unpack(), w)
     packed.data = w.to(F16)

@@ -29,8 +29,8 @@ class PackedWeight(Tensor):
 
     `torch.nn.functional.linear` and `embedding` compute with the packed bytes. Any other operation
     works too, at the cost of unpacking (and, if it writes, of packing again) the whole weight: its
-    speed is about that of a copy. What would be a view of another tensor is a copy here, so writing
-    into `weight[0]` does not change the weight; `weight.copy_()`, `weight.mul_()` do.
+    speed is about that of a copy. What would be a view of another tensor is a copy here, so
+    `weight[0].mul_(2)` does not change the weight; `weight[0] *= 2`, `weight.mul_(2)` do.
 
     Attributes:
         packed: the bytes, a tensor of uint8: a header and the panels (csrc/kernels/kernels.h).
@@ -346,6 +346,16 @@ def _set_data(weight: PackedWeight, value: Tensor) -> None:
     torch.utils.swap_tensors(weight, new)  # type: ignore[no-untyped-call]
 
 
+def _set_items(weight: Tensor, index: Any, value: Any) -> None:
+    index, value = tree_map_only(PackedWeight, PackedWeight.unpack, (index, value))
+    if not isinstance(weight, PackedWeight):
+        weight[index] = value
+        return
+    plain = weight._plain()
+    plain[index] = value
+    weight.copy_(plain)
+
+
 def _share_memory(weight: PackedWeight) -> PackedWeight:
     weight.packed.share_memory_()  # type: ignore[no-untyped-call]
     return weight
@@ -359,6 +369,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.embedding: _embedding,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    Tensor.__setitem__: _set_items,
     Tensor.share_memory_: _share_memory,
 }
 # What reads memory without an operation of torch's dispatcher in between.

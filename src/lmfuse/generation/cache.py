@@ -47,9 +47,10 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes heads, dimensions and dtype from the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        stored = self.stored or self.dtype  # under autocast, values may be of another
         with torch.inference_mode(False):  # written later, perhaps outside of inference mode
-            self.key_arena = _arena(key_states, self.stored)
-            self.value_arena = _arena(value_states, self.stored)
+            self.key_arena = _arena(key_states, stored)
+            self.value_arena = _arena(value_states, stored)
             scales = torch.empty((key_states.shape[1], 0)) if self.stored else None
             self.key_scales, self.value_scales = scales, scales
         self.slots.users.append(self)
@@ -457,8 +458,8 @@ class _Opened:
         return [(layer.slots.capacity, layer.slots.made) for layer in self.firsts]
 
 
-def _arena(like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return torch.empty((like.shape[1], 0, like.shape[3]), dtype=dtype or like.dtype)
+def _arena(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty((like.shape[1], 0, like.shape[3]), dtype=dtype)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -41,6 +41,14 @@ class Cached(Tensor):
         args, kwargs = tree_map(_gathered, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def held_with(self, values: Tensor) -> Layer | None:
+        """The layer whose keys and values these are, as it holds them now; None if they are others,
+        such as a model makes of them."""
+        mine = self.layer if self.version == self.layer.slots.version else None
+        same = isinstance(values, Cached) and values.layer is self.layer
+        both = same and (self.part, values.part) == ("keys", "values")  # type: ignore[attr-defined]
+        return mine if both else None
+
     def gathered(self) -> Tensor:
         """A plain tensor with these keys or values.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class FusedMLP(swap.Fused):
     """A gated MLP whose activation and product are one sweep, rounded once."""
 
     fused_act: str  # the attribute with the activation
+    fused_kind: str  # its class
     fused_gated: str  # a key of _GATED
     gate_up_proj: nn.Module  # either this one,
     gate_proj: nn.Module  # or these two
@@ -42,7 +44,7 @@ class FusedMLP(swap.Fused):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """down_proj(act(gate_proj(x)) · up_proj(x))"""
-        if _watched(getattr(self, self.fused_act)):
+        if _watched(self):
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         if "gate_up_proj" in self._modules:
             gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
@@ -60,22 +62,25 @@ class FusedPlainMLP(swap.Fused):
 
     fused_layers: tuple[str, str]  # the attributes with its layers
     fused_act: str  # and with the activation
+    fused_kind: str  # of this class
     fused_post: str  # one of _PLAIN
 
     def forward(self, hidden_states: Tensor, *residual: Tensor) -> Tensor:
         """down(act(up(x))) + residual, if there is one"""
-        if self.training or _watched(getattr(self, self.fused_act)):  # there may be a dropout
+        if self.training or _watched(self):  # there may be a dropout
             return super().forward(hidden_states, *residual)  # type: ignore[no-any-return]
         up, down = (getattr(self, name) for name in self.fused_layers)
         hidden = fused_linear(up, hidden_states, self.fused_post)
         return fused_linear(down, hidden, "add", *residual) if residual else down(hidden)
 
 
-def _watched(activation: object) -> bool:
-    """Whether somebody hooked the activation, which the fused form does not call."""
-    return isinstance(activation, nn.Module) and bool(
-        activation._forward_hooks or activation._forward_pre_hooks
-    )
+def _watched(mlp: Any) -> bool:
+    """Whether the activation of `mlp`, not called by its fused form, is hooked or another."""
+    activation = getattr(mlp, mlp.fused_act)
+    if not isinstance(activation, nn.Module):
+        return False
+    hooked = bool(activation._forward_hooks or activation._forward_pre_hooks)
+    return hooked or swap.kind_of(activation) != mlp.fused_kind
 
 
 def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | None:
@@ -100,7 +105,8 @@ def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | No
         expected = probe.forward(*x)
     except Exception as error:  # it is foreign code
         return f"its forward refused a test input: {error}"
-    for becomes, kind in _candidates(type(module), act_name, None if gated else layers):
+    act = {"fused_act": act_name, "fused_kind": swap.kind_of(getattr(module, act_name))}
+    for becomes, kind in _candidates(type(module), act, None if gated else layers):
         ours = swap.copied(probe)
         ours.__class__ = kind
         if swap.agrees(expected, ours.forward, *x):
@@ -110,16 +116,16 @@ def plan(model: nn.Module, name: str, module: nn.Module) -> swap.Swap | str | No
 
 
 def _candidates(
-    stock: type[nn.Module], act: str, layers: tuple[str, str] | None
+    stock: type[nn.Module], act: dict[str, str], layers: tuple[str, str] | None
 ) -> Iterator[tuple[str, type[swap.Fused]]]:
     """What an MLP may be, gated if it has no two `layers`, and the class for that."""
     if layers is None:
         for gated in _GATED:
-            yield gated, swap.subclass(FusedMLP, stock, fused_act=act, fused_gated=gated)
+            yield gated, swap.subclass(FusedMLP, stock, **act, fused_gated=gated)
     else:
         for post in _PLAIN:
-            settings = {"fused_layers": layers, "fused_act": act, "fused_post": post}
-            yield f"linear + {post}", swap.subclass(FusedPlainMLP, stock, **settings)
+            settings = {"fused_layers": layers, "fused_post": post}
+            yield f"linear + {post}", swap.subclass(FusedPlainMLP, stock, **act, **settings)
 
 
 def _small(module: nn.Module, layers: tuple[str, ...]) -> nn.Module:

@@ -31,6 +31,9 @@ NAME, PAGED_NAME = "lmfuse", "lmfuse_flash"
 # What a 2-D mask says besides which keys are padding: how many positions a query sees.
 _WINDOW = "lmfuse_window"
 
+# A family that asks for a whole mask, to add ALiBi to it, which its attention here does itself.
+_ADDS_ITSELF = "falcon"
+
 # The functions within transformers' functions that a causal mask with a window is made of.
 _AND: CodeType = masking_utils.and_masks().__code__
 _NEAR: CodeType = masking_utils.sliding_window_overlay(1).__code__
@@ -59,9 +62,9 @@ def mask(
 
     Returns:
         None: causal, nothing else is hidden. [batch, kv_length] bool: causal, and these keys are
-        seen (True), in the window that the tensor carries. Otherwise what transformers makes for
-        scaled_dot_product_attention: [batch, 1, q_length, kv_length] bool, or None where there is
-        nothing to hide.
+        seen (True), in the window that the tensor carries. Otherwise, and for models that read it
+        (allow_is_causal_skip=False), what transformers makes for scaled_dot_product_attention:
+        [batch, 1, q_length, kv_length] bool, or None where there is nothing to hide.
     """
     bidirectional = mask_function is masking_utils.bidirectional_mask_function
     window = _window(mask_function)
@@ -70,9 +73,11 @@ def mask(
     if isinstance(q_offset, Tensor):  # of a SymInt, int() would make a constant
         q_offset = int(q_offset)
     aligned = q_offset + q_length == end
-    if window != 0 and kv_offset == 0 and attention_mask is not None and _jit_traces():
+    read = kwargs.get("allow_is_causal_skip") is False and not _only_handed_on(kwargs.get("config"))
+    if not read and window != 0 and kv_offset == 0 and attention_mask is not None and _jit_traces():
         return _windowed(attention_mask, window)  # whole: a graph must not keep these lengths
-    if window == 0 or not aligned or (attention_mask is not None and attention_mask.shape[1] < end):
+    short = attention_mask is not None and attention_mask.shape[1] < end
+    if read or window == 0 or not aligned or short:
         if not bidirectional:
             kwargs["allow_is_causal_skip"] = False
         whole: Tensor | None = sdpa_mask(
@@ -94,6 +99,11 @@ def mask(
     elif hides:
         attention_mask = torch.ones((), dtype=torch.bool).expand(batch_size, kv_length)
     return attention_mask if attention_mask is None else _windowed(attention_mask, window)
+
+
+def _only_handed_on(config: Any) -> bool:
+    """Whether a model that asks for a whole mask gives it to attention alone."""
+    return getattr(config, "model_type", None) == _ADDS_ITSELF
 
 
 def _jit_traces() -> bool:
@@ -172,9 +182,10 @@ def attention(
         return _eager(module, query, key, value, seen, position_bias, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     cap = softcap or 0.0
-    if isinstance(key, Cached) and causal and not whole and position_bias is None:
+    layer = key.held_with(value) if isinstance(key, Cached) else None
+    if layer is not None and causal and not whole and position_bias is None:
         rows = query.transpose(1, 2)
-        out = key.layer.attend(rows, attention_mask, scale, window, cap, s_aux, alibi)
+        out = layer.attend(rows, attention_mask, scale, window, cap, s_aux, alibi)
         if out is not None:
             return out, None
     if attention_mask is not None and not whole:

@@ -12,7 +12,6 @@ not looked at.
 
 from __future__ import annotations
 
-import operator
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,8 +41,9 @@ _RUN = "_lmfuse_run"
 _Given: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"  # to a layer, besides its input
 _Tables: TypeAlias = tuple[Tensor | None, Tensor | None]  # cos and sin
 
-# What forwards call the question whether they collect what is between layers.
+# What forwards call the question whether they collect what is between layers, and what they add.
 _COLLECTS = ("output_hidden_states", "output_attentions")
+_ADDS = ("deepstack_visual_embeds", "deepstack_features")
 # What a layer may be given besides its input: what the op takes, and what is of no consequence.
 _KNOWN = {"attention_mask", "position_embeddings", *CACHE}
 _KNOWN |= {"position_ids", "use_cache", "cache_position"}
@@ -62,6 +62,7 @@ _RECORDER = next(
 class FusedDecoder(swap.Fused):
     """A decoder layer that runs as one op where it can."""
 
+    fused_found = (_RUN,)
     fused_form: Form
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -74,13 +75,11 @@ class FusedDecoder(swap.Fused):
                 return (result, None) if self.fused_form.pair else result
         return super().forward(hidden_states, *args, **kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _without_run(super().__reduce__())
-
 
 class FusedStack(swap.Fused, nn.ModuleList):
     """The decoder layers of a model, which to its forward are one, or one of each type."""
 
+    fused_found = (_RUN,)
     fused_module: str  # whose functions called forward see these
 
     def __iter__(self) -> Iterator[Any]:
@@ -91,6 +90,7 @@ class FusedStack(swap.Fused, nn.ModuleList):
             caller.f_code.co_name == "forward"
             and caller.f_globals.get("__name__") == self.fused_module
             and not any(map(caller.f_locals.get, _COLLECTS))
+            and all(caller.f_locals.get(name) is None for name in _ADDS)
             and _ours(self._modules.values())
         ):
             return self._few()
@@ -136,9 +136,6 @@ class FusedStack(swap.Fused, nn.ModuleList):
             x = layer(x[0] if pair and layer is not layers[0] else x, *args, **kwargs)
         return x
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _without_run(super().__reduce__())
-
 
 def _named(form: Form, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a layer is given besides its input, all with names."""
@@ -156,11 +153,6 @@ def _kinds(layers: list[Any]) -> tuple[list[int], list[int]]:
     names = [(f.type, f.window) for f in (layer.fused_form for layer in layers)]
     order = list(dict.fromkeys(names))
     return [order.index(name) for name in names], [names.index(name) for name in order]
-
-
-def _without_run(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
-    make, arguments, state = reduced
-    return make, arguments, {k: v for k, v in state.items() if k != _RUN}
 
 
 class _Generating(threading.local):
@@ -221,19 +213,19 @@ class _Run:
         self.forms: list[Form] = [layer.fused_form for layer in layers]
         self.kind_of, self.firsts = _kinds(layers)
         self.kinds = [self._common(kind) for kind in range(len(self.firsts))]
-        self.attention: list[Any] = [
-            layer.get_submodule(f.attention) for f, layer in zip(self.forms, layers, strict=True)
-        ]
         modules = [m for layer in layers for m in layer.modules()]
         if len(layers) == 1:
             modules.remove(layers[0])
-        copied = [t for f, x in zip(self.forms, layers, strict=True) for t in f.copied(x)]
-        each = zip(self.forms, self.attention, strict=True)
+        self.changes, self.hold = swap.changes.count, self._hold()
+        pairs = list(zip(self.forms, layers, strict=True)) if self.hold else []
+        self.attention: list[Any] = [layer.get_submodule(f.attention) for f, layer in pairs]
+        copied = [t for f, x in pairs for t in f.copied(x)]
+        each = zip(self.forms, self.attention, strict=False)
         self.angles = [a._buffers[ANGLES] for f, a in each if f.angles]
         self.parts = Parts(modules, layers, copied + self.angles)
         dtypes = {p.dtype for layer in layers for p in layer.parameters()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
-        self.stack = self._stack()
+        self.stack = self._stack() if self.hold else None
 
     def _common(self, kind: int) -> Form:
         forms = [f for f, k in zip(self.forms, self.kind_of, strict=True) if k == kind]
@@ -255,8 +247,17 @@ class _Run:
         return functional.decoder_stack(described)
 
     def current(self, layers: list[Any]) -> bool:
-        """Whether the layers, their parts and parameters are those of before."""
-        return all(map(operator.is_, layers, self.layers)) and self.parts.current()
+        """Whether the layers, their parts, parameters and numbers are those of before."""
+        if layers != self.layers or not self.parts.current():  # modules compare by identity
+            return False
+        if self.changes != swap.changes.count:
+            self.changes = swap.changes.count
+            return self.hold == self._hold()
+        return True
+
+    def _hold(self) -> bool:
+        """Whether the layers are what their forms say."""
+        return all(f.holds(layer) for f, layer in zip(self.forms, self.layers, strict=True))
 
     def watched(self) -> bool:
         """Whether somebody looks at what a part of the layers is given or gives."""

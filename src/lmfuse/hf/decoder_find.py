@@ -75,6 +75,8 @@ def find(model: nn.Module, name: str, layer: nn.Module) -> Form | str | None:
         return None
     if any("forward" in vars(m) for m in layer.modules()):
         return "the forward of one of its parts is replaced on the instance"
+    if (reason := next(filter(None, map(swap.overrides, layer.modules())), None)) is not None:
+        return reason
     try:
         parts = _parts(layer, attn_name, attn)
     except _UnknownError as reason:

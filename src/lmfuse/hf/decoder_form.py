@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from lmfuse import functional
 from lmfuse.functional import DecoderExperts, DecoderLayer, DecoderLinear, DecoderNorm
-from lmfuse.hf import norm
+from lmfuse.hf import norm, swap
 from lmfuse.modules import QuantizedExperts
 from lmfuse.modules.decoder import described_linear
 from lmfuse.modules.experts import PARTS
 
 ANGLES = "embed_positions"  # a buffer of attention: sin and cos by position
+
+# Attributes of modules that no result in eval mode depends on, or that are read at each call.
+_FREE = ("training", "gradient_checkpointing", "layer_idx")
 
 # The fields of functional.DecoderLayer in the order of Form.norms.
 _NORMS = (
@@ -49,6 +52,8 @@ class Form:
         pair: the layer's forward returns attention weights, which are None, as well.
         sinks: the parameter with a score more for each head.
         negated: masks have four dimensions, and are True where keys are hidden.
+        modules: those that the layer had besides linear layers and experts, each with its name, its
+            class and its numbers.
     """
 
     attention: str
@@ -85,6 +90,19 @@ class Form:
     sinks: str | None = None
     pair: bool = False
     negated: bool = False
+    modules: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = ()
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether the modules of `layer` are of the classes and have the numbers that they had."""
+        now = dict(layer.named_modules())
+        for name, kind, numbers in self.modules:
+            module = now.get(name)
+            if module is None or (name and swap.kind_of(module) != kind):
+                return False
+            held = vars(module)
+            if any(held.get(key, key) != number for key, number in numbers):
+                return False
+        return True
 
     def linears(self, layer: nn.Module) -> list[nn.Module]:
         """In the order query, key, value, output, gate, up, down, shared_gate, without those not
@@ -167,6 +185,21 @@ class Form:
                 parameters = layer.get_submodule(name).named_parameters()
                 found += [p for n, p in parameters if n not in PARTS]
         return found
+
+
+def modules(layer: nn.Module, form: Form) -> Any:
+    """As `Form.modules`."""
+    others = {id(m) for linear in form.linears(layer) for m in linear.modules()}
+    if form.experts is not None:
+        others |= {id(m) for m in layer.get_submodule(form.experts).modules()}
+    named = [(name, m) for name, m in layer.named_modules() if id(m) not in others]
+    return tuple((name, swap.kind_of(m), tuple(sorted(_numbers(m).items()))) for name, m in named)
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    plain = (int, float, bool, str, type(None))
+    held = {key: x for key, x in vars(module).items() if type(x) in plain}
+    return {key: x for key, x in held.items() if key not in _FREE and not key.startswith("_")}
 
 
 def described_norm(module: nn.Module) -> DecoderNorm:

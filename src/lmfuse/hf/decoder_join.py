@@ -3,6 +3,7 @@ which are a stack."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from lmfuse.hf import spies, swap
 from lmfuse.hf.decoder import FusedDecoder, FusedStack, _kinds
 from lmfuse.hf.decoder_find import find
-from lmfuse.hf.decoder_form import Form
+from lmfuse.hf.decoder_form import Form, modules
 from lmfuse.hf.linear import features
 from lmfuse.modules import QuantizedExperts
 
@@ -48,6 +49,7 @@ def _forms(model: nn.Module, name: str, layers: nn.ModuleList, done: swap.Report
                 continue
             found = find(model, f"{name}.{i}", layer)
             if isinstance(found, Form):
+                found = replace(found, modules=modules(layer, found))
                 kind = swap.subclass(FusedDecoder, type(layer), fused_form=found)
                 swap.put(layer, swap.Swap(kind, "decoder layer"))
                 done.replaced[f"{name}.{i}"] = "decoder layer"
@@ -59,15 +61,13 @@ def _forms(model: nn.Module, name: str, layers: nn.ModuleList, done: swap.Report
 
 def _told_by_kind(parent: Any, layers: nn.ModuleList) -> bool:
     """Whether the forward of `parent` gives layers of one kind the same, and does nothing between
-    layers: tried where there are several kinds."""
+    layers: tried, but where there is one kind and it cannot be."""
     kinds, firsts = _kinds(list(layers))
-    if len(firsts) == 1:
-        return True
     try:
         with torch.no_grad():
             told = spies.told(parent, layers)
     except Exception:  # it is foreign code
-        return False
+        return len(firsts) == 1
     of_kind = [told.kwargs[first] for first in firsts] if told.unbroken(len(layers)) else []
     return bool(of_kind) and all(
         kwargs.keys() == of_kind[kind].keys()

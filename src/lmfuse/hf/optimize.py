@@ -49,6 +49,11 @@ def optimize(
     float32 results agree up to rounding; in bfloat16 and float16 the fused forms round once where
     stock modules round two or three times.
 
+    What is done to the model afterwards counts: weights written or loaded, hooks, forwards, layers
+    and modules replaced, numbers set. Not seen are numbers of modules that kept their class (as
+    attention of GPT-2 and OPT does), and what is written through `.data` into routers, sinks and
+    the biases of experts: then restore the model, and optimize it again.
+
     Args:
         model: any nn.Module in eval mode, with its parameters on the CPU.
         dtype: cast the floating parameters to float32, bfloat16 or float16. Buffers, such as RoPE's
@@ -169,6 +174,8 @@ def _swap_all(model: nn.Module) -> swap.Report:
                 continue
             for plan in passes:
                 found = plan(model, name, module)
+                if isinstance(found, swap.Swap) and plan is not rope.plan:  # which calls all of it
+                    found = swap.overrides(module) or found
                 if isinstance(found, swap.Swap):
                     swaps.append((module, found))
                     done.replaced[name] = found.becomes

@@ -39,6 +39,12 @@ class _Tables:
 class FusedRotary(swap.Fused):
     """A rotary embedding that looks its angles up: 20 us for a token, and not 90."""
 
+    fused_found = (_TABLES,)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self).pop(_TABLES, None)  # made with attention_scaling, for one
+        super().__setattr__(name, value)
+
     def forward(self, x: Tensor, position_ids: Tensor) -> Any:
         """cos and sin [batch, tokens, width] of each position, in the dtype of x."""
         return self._angles(x, position_ids)
@@ -53,6 +59,8 @@ class FusedRotary(swap.Fused):
     def _looked_up(
         self, dtype: torch.dtype, position_ids: Tensor, *kind: str
     ) -> tuple[Tensor, Tensor] | None:
+        if position_ids.dim() != 2:  # one for each of three axes of an image
+            return None
         known: dict[tuple[str, ...], _Tables] = vars(self).setdefault(_TABLES, {})
         tables = known.get(kind)
         if tables is not None and tables.hold(dtype, self._frequencies(*kind)):
@@ -88,10 +96,6 @@ class FusedRotary(swap.Fused):
     def _frequencies(self, *kind: str) -> Tensor:
         frequencies: Tensor = self._buffers["_".join((*kind, "inv_freq"))]  # type: ignore
         return frequencies
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        make, arguments, state = super().__reduce__()
-        return make, arguments, {k: v for k, v in state.items() if k != _TABLES}
 
 
 class FusedTypedRotary(FusedRotary):

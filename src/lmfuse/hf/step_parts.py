@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from lmfuse import functional
 from lmfuse.functional import PackedWeight
-from lmfuse.hf import decoder, spies
+from lmfuse.hf import decoder, spies, swap
 from lmfuse.hf.decoder_form import described_norm
 from lmfuse.hf.norm import FusedLayerNorm, FusedNorm
 from lmfuse.hf.rotary import FusedRotary
@@ -49,7 +49,8 @@ class Form:
     head: str
     embedded: tuple[Change, ...] = ()
     logits: tuple[Change, ...] = ()
-    # For each kind of layer what the angles are made of besides positions.
+    # Kinds of layers by type and window, and for each what angles are made of besides positions.
+    kinds: tuple[tuple[str | None, int | None], ...] = ()
     angles: tuple[tuple[str, ...], ...] = ()
     placed: bool = True  # whether anything but attention depends on where a token is
     positions: str | None = None  # an embedding whose rows are added to that of the token,
@@ -249,8 +250,11 @@ def look(model: Any) -> StepParts | None:
     for _, number, names in form.embedded + form.logits:
         if any(numbers.get(name) != number for name in names):
             return None
+    most = getattr(base.config, "num_hidden_layers", None)
+    if isinstance(most, int) and most < len(layers):
+        return None  # of which the forward may leave out some
     run = decoder._run_of(layers, list(layers._modules.values()))
-    return None if run is None else StepParts(model, form, run)
+    return None if run is None or form.kinds != _kinds(run.kinds) else StepParts(model, form, run)
 
 
 def _numbers(model: Any, base: Any) -> dict[str, float]:
@@ -262,7 +266,9 @@ def _numbers(model: Any, base: Any) -> dict[str, float]:
 def find(model: Any) -> Form | None:
     """Where the parts of `model` are, if a step of it is these and little else."""
     base = getattr(model, "base_model", None)
-    form = None if base is None or base is model else _named(model, base)
+    if base is None or base is model or swap.overrides(model) or swap.overrides(base):
+        return None
+    form = _named(model, base)
     if form is None:
         return None
     try:
@@ -308,9 +314,17 @@ def _tried(model: Any, form: Form) -> Form | None:
     last = _change(said, told.result.logits, numbers)
     if angles is None or embedded is None or last is None:
         return None
-    turns = any(layer.fused_form.rotary_dim for layer in layers)
+    forms = [layer.fused_form for layer in layers]
+    kinds = _kinds([forms[first] for first in decoder._kinds(layers)[1]])
+    turns = any(form.rotary_dim for form in forms)
     placed = turns or form.positions is not None
-    return replace(form, embedded=embedded, logits=last, angles=angles, placed=placed)
+    form = replace(form, kinds=kinds, angles=angles, placed=placed)
+    return replace(form, embedded=embedded, logits=last)
+
+
+def _kinds(forms: list[Any]) -> tuple[tuple[str | None, int | None], ...]:
+    """As `Form.kinds`, of the forms of layers of each kind."""
+    return tuple((form.type, form.window) for form in forms)
 
 
 def _angles(rotary: Any, layers: list[Any], told: spies.Told) -> tuple[tuple[str, ...], ...] | None:

@@ -19,16 +19,31 @@ from lmfuse.modules.probe import generator as generator
 from lmfuse.modules.probe import random as random
 
 
+class Changes:
+    """How often an attribute of a module that lmfuse swapped was set."""
+
+    count = 0
+
+
+changes = Changes()
+
+
 class Fused(nn.Module):
     """What every class that lmfuse swaps in derives from; see `subclass`."""
 
     # Names that no module of a model has: class attributes hide parameters.
     fused_stock: type[nn.Module]
     fused_settings: tuple[tuple[str, Any], ...]
+    fused_found: tuple[str, ...] = ()  # attributes that a copy finds out for itself
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        changes.count += name != "training"  # of all modules, as model.eval() does
+        super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # pickle finds a class by its name, but ours are made on the fly: make it again there.
-        return _new, _recipe(type(self)), self.__dict__
+        state = {k: v for k, v in self.__dict__.items() if k not in self.fused_found}
+        return _new, _recipe(type(self)), state
 
 
 def _recipe(kind: type[Fused]) -> tuple[type[Fused], Any, dict[str, Any]]:
@@ -93,10 +108,27 @@ def put(module: nn.Module, swap: Swap) -> None:
     module.__class__ = swap.kind
 
 
+def overrides(module: nn.Module) -> str | None:
+    """In words, that somebody derived the class of `module` from another's to change its forward,
+    perhaps by what is told to it later; or None."""
+    kinds = [k for k in type(module).__mro__ if "forward" in vars(k) and not issubclass(k, Fused)]
+    own = [k for k in kinds if not k.__module__.startswith(("torch.", "lmfuse."))]
+    if len(own) < 2 or own[0].__module__ == own[1].__module__:
+        return None
+    return f"its forward is {own[0].__name__}'s own, in place of {own[1].__name__}'s"
+
+
+def kind_of(x: object) -> str:
+    """The class of x, by a name that is the same in another process."""
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
 def give_back(model: nn.Module) -> None:
     """Gives every module of `model` its stock class."""
     for module in model.modules():
         while isinstance(module, Fused):
+            for name in module.fused_found:
+                vars(module).pop(name, None)
             module.__class__ = type(module).fused_stock  # type: ignore[assignment]
 
 

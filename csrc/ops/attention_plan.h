@@ -124,13 +124,13 @@ inline void cut_units(const AttentionArgs& a, AttentionPlan& p, int64_t threads)
     for (int64_t end = u.chunk + u.chunk_count; u.chunk < end; u.chunk += u.chunk_count) {
       u.chunk_count = std::min(size, end - u.chunk);
       pieces.push_back(u);
-      for (int64_t b = u.seq; b < u.seq + u.seq_count; ++b) ++of_sequence[b];
+      for (int64_t b = u.seq; b < u.seq + u.seq_count; ++b) of_sequence[b] += u.seq_count;
     }
   }
   p.units = std::move(pieces);
   bool joins = false;
   for (size_t b = 0; b < p.sequences.size(); ++b) {
-    if (of_sequence[b] <= 1) p.sequences[b].partial = -1;
+    if (of_sequence[b] <= 1) p.sequences[b].partial = -1;  // one piece, and alone in it
     joins |= p.sequences[b].partial >= 0;
   }
   if (!joins) p.entries = 0;

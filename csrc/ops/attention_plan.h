@@ -106,6 +106,10 @@ inline int64_t cost(const AttentionArgs& a, const AttentionSequence& s, const At
 
 // Cuts the units of sequences that may have partial results into pieces of some chunks, so that the
 // threads can be given about the same: kPieces or more for each. Those left whole need no join.
+//
+// Where a position of all sequences lies beside itself, as in indirect caches, pieces are short,
+// and those of other sequences over the same chunks follow: each sequence to its end would touch
+// all pages of the cache (8 sequences of 32k, D = 64, Zen 4: 81 for 70 ns/KB).
 inline void cut_units(const AttentionArgs& a, AttentionPlan& p, int64_t threads) {
   constexpr int64_t kPieces = 8;
   int64_t total = 0;
@@ -120,13 +124,17 @@ inline void cut_units(const AttentionArgs& a, AttentionPlan& p, int64_t threads)
     }
     int64_t n = (cost(a, p.sequences[u.seq], u) + most - 1) / most;
     while (n * a.kv_heads % threads) ++n;
-    const int64_t size = (u.chunk_count + n - 1) / n;
+    const int64_t even = (u.chunk_count + n - 1) / n;
+    const int64_t size = a.absolute ? std::min(even, kSpan) : even;
     for (int64_t end = u.chunk + u.chunk_count; u.chunk < end; u.chunk += u.chunk_count) {
       u.chunk_count = std::min(size, end - u.chunk);
       pieces.push_back(u);
       for (int64_t b = u.seq; b < u.seq + u.seq_count; ++b) of_sequence[b] += u.seq_count;
     }
   }
+  if (a.absolute)
+    std::stable_sort(pieces.begin(), pieces.end(),
+                     [](const auto& x, const auto& y) { return x.chunk < y.chunk; });
   p.units = std::move(pieces);
   bool joins = false;
   for (size_t b = 0; b < p.sequences.size(); ++b) {

@@ -74,8 +74,8 @@ def ready(key: Tensor, value: Tensor, layer_past: LayerPast | None, length: int)
     try:
         assert layer_past is not None
         _, *caches = layer_past
-        held = caches[0].shape[0]
-        return held >= length and key.dtype is value.dtype and all(c.is_contiguous() for c in caches)
+        dense = all(c.is_contiguous() for c in caches)
+        return dense and caches[0].shape[0] >= length and key.dtype is value.dtype
     except (AttributeError, IndexError, RuntimeError):
         return False
 

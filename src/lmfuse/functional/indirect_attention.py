@@ -105,8 +105,10 @@ def indirect_access_kv_cache_attention(
         options = (None, scale, add_casual_mask, 0, 0.0, text_max_length, _fresh())
         out, *present = call(_op_step, *given, *options, check=_check_step)
         return out.transpose(1, 2), None, cast(LayerPast, tuple(present))
-    given = (query, key, value, layer_past, past, attention_mask, text_max_length)
-    out, after = _step(*given, causal=add_casual_mask, scale=scale)
+    out, after = _step(
+        query, key, value, layer_past, past, attention_mask, text_max_length,
+        causal=add_casual_mask, scale=scale,
+    )  # fmt: skip
     return out.transpose(1, 2), None, after
 
 

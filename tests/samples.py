@@ -172,11 +172,13 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     ],
     "attention_indirect": lambda: [
         (
-            torch.randn(2, 1, 4, 16),
+            _heads(4),
+            _heads(2),
+            _heads(2),
             torch.randn(7, 2, 2, 16),
             torch.randn(7, 2, 2, 16),
             _columns(),
-            5,
+            4,
             None,
             None,
             0.25,

@@ -191,6 +191,24 @@ def test_bits_do_not_depend_on_batch_chunks_or_threads(isa, dtype, dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [(-1, -1), (3000, -1)])
+def test_bits_do_not_depend_on_how_long_sequences_are_cut(isa, dtype, window):
+    """Over spans of 8 chunks of 256: many rows whole, few in pieces for each thread and batch."""
+    length, last = 2 * 2048 + 900, 40
+    q, k, v = qkv(4, last, length, 4, 2, 32, dtype=dtype)
+    kwargs = {"causal": True, "window": window}
+    whole = functional.attention(q, k, v, **kwargs)
+    for at, end in ((last - 1, length), (3, length - last + 4)):
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            for batch in (slice(0, 4), slice(1, 3), slice(2, 3)):
+                one = q[batch, at : at + 1], k[batch, :end], v[batch, :end]
+                y = functional.attention(*one, **kwargs)
+                assert same(whole[batch, at : at + 1], y), (at, threads, batch)
+    torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv", [F32, BF16, torch.float8_e5m2, torch.int8])
 @pytest.mark.parametrize("dim", [96, 128, 40])
 def test_bits_do_not_depend_on_the_number_of_rows(isa, dtype, kv, dim):

@@ -4,47 +4,15 @@
 //
 //   M' = max(M, m),  A' = A 2^(M - M') + a 2^(m - M'),  L' = L 2^(M - M') + l 2^(m - M')
 //
-// which is the same sum, in the same order, whether it happens at once or in attention_join after
-// the chunks were spread over threads. One decoded token, a prompt, a piece of a prompt: all are
-// computed so.
+// and a span of chunks joins the spans before it in the same way: the same sums, in the same order,
+// whether it happens at once or in attention_join after the chunks were spread over threads. One
+// decoded token, a prompt, a piece of a prompt: all are computed so.
 #include "attention_few.h"
 #include "attention_softmax.h"
 #include "attention_tiles.h"
 
 namespace lmfuse::LMFUSE_ISA {
 namespace {
-
-// Largest scores (in units of log 2) and sums of some rows, one after the other.
-struct Softmax {
-  float *largest, *sum;
-};
-
-// Joins m to r, n rows; what r and m weighted is to be multiplied by old_part and new_part. Where
-// neither saw a key, both are 0.
-LMFUSE_INLINE void join(Softmax r, Softmax m, int64_t n, float* old_part, float* new_part) {
-  const auto step = [&](int64_t i, auto l) LMFUSE_LAMBDA {
-    const Vec before = load(r.largest + i, l), more = load(m.largest + i, l);
-    const Vec largest = max(before, more);
-    const Vec base = max(largest, broadcast(-3e38f));  // -inf less itself would be NaN
-    const Vec old_factor = exp2<float>(before - base), new_factor = exp2<float>(more - base);
-    const Vec sum = fma(load(r.sum + i, l), old_factor, load(m.sum + i, l) * new_factor);
-    store(r.largest + i, largest, l);
-    store(r.sum + i, sum, l);
-    store(old_part + i, old_factor, l);
-    store(new_part + i, new_factor, l);
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) step(i, All{});
-  if (i < n) step(i, Lanes::first(n - i));
-}
-
-LMFUSE_INLINE void join_values(float* sum, const float* more, int64_t n, float old_part,
-                               float new_part) {
-  const Vec old_factor = broadcast(old_part), new_factor = broadcast(new_part);
-  map(sum, n, [&](int64_t i, auto l) LMFUSE_LAMBDA {
-    return fma(load(sum + i, l), old_factor, load(more + i, l) * new_factor);
-  });
-}
 
 // out = values / sum, with the sink as one more key of no value. A row that saw no key: zeros.
 void finish_row(const AttentionArgs& a, const RowInfo& row, int64_t head, float largest, float sum,
@@ -104,7 +72,9 @@ class Attend {
     weights_ = s.take<Input>(rows * kWeightsRow);
     products_ = s.take<float>(rows * value_width_);
     sums_ = s.take<float>(kAttentionRows * value_width_);
+    totals_ = s.take<float>(kAttentionRows * value_width_);
     running_ = {s.take<float>(kAttentionRows), s.take<float>(kAttentionRows)};
+    total_ = {s.take<float>(kAttentionRows), s.take<float>(kAttentionRows)};
     rows_ = s.take<RowInfo>(kAttentionRows);
     const auto found = [&] {
       Found* to = s.take<Found>(1);
@@ -154,13 +124,13 @@ class Attend {
       for (int64_t i = count * query_row_; i < kFewRows * query_row_; ++i) queries_[i] = Input{};
       place_queries(queries_, query_row_, placed_ + h * kFewRows * query_row_);
     }
-    for (int64_t r = 0; r < heads * count; ++r) {
-      running_.largest[r] = kNever;
-      running_.sum[r] = 0.0f;
-    }
-    for (int64_t i = 0; i < heads * count * value_width_; ++i) sums_[i] = 0.0f;
-    const int64_t last = u.chunk + u.chunk_count;
-    for (int64_t c = u.chunk; c < last; ++c) {
+    const int64_t rows = heads * count, last = u.chunk + u.chunk_count;
+    const bool whole = a_.sequences[u.seq].partial < 0;
+    clear(running_, rows);
+    clear_values(sums_, rows * value_width_);
+    clear(total_, rows);
+    clear_values(totals_, rows * value_width_);
+    for (int64_t c = u.chunk, first = c; c < last; ++c) {
       Found* found = next_;
       next_ = now_;
       now_ = found;
@@ -173,9 +143,20 @@ class Attend {
         next_->keys.count = next_->values.count = 0;
       }
       chunk(work, c);
+      // Only what begins a span can be joined to before it is left.
+      const bool ends = c + 1 == last || (c + 1) % kSpan == 0;
+      if (!ends && (whole || first % kSpan == 0)) continue;
+      for (int64_t h = 0; h < heads && !whole; ++h)
+        for (int64_t r = 0; r < count; ++r)
+          leave(u, first, c + 1 - first, h * count + r, kv_head + h);
+      if (whole) join_span(rows);
+      clear(running_, rows);
+      clear_values(sums_, rows * value_width_);
+      first = c + 1;
     }
-    for (int64_t h = 0; h < heads; ++h)
-      for (int64_t r = 0; r < count; ++r) leave(u, h * count + r, kv_head + h);
+    for (int64_t r = 0; r < rows && whole; ++r)
+      finish_row(a_, rows_[r], first_head_ + rows_[r].head, total_.largest[r], total_.sum[r],
+                 totals_ + r * value_width_);
   }
 
  private:
@@ -378,22 +359,26 @@ class Attend {
     }
   }
 
-  // The result of a row: finished, or for attention_join.
-  void leave(const AttentionUnit& u, int64_t r, int64_t kv_head) {
+  // The sums of `rows` rows over a span to those over the spans before it.
+  void join_span(int64_t rows) {
+    alignas(64) float old_part[kAttentionRows], new_part[kAttentionRows];
+    join(total_, running_, rows, old_part, new_part);
+    for (int64_t r = 0; r < rows; ++r)
+      join_values(totals_ + r * value_width_, sums_ + r * value_width_, value_width_, old_part[r],
+                  new_part[r]);
+  }
+
+  // The sums of a row over `count` chunks, for attention_join.
+  void leave(const AttentionUnit& u, int64_t chunk, int64_t count, int64_t r, int64_t kv_head) {
     const AttentionSequence& s = a_.sequences[rows_[r].seq];
     const float* values = sums_ + r * value_width_;
-    if (s.partial < 0) {
-      finish_row(a_, rows_[r], first_head_ + rows_[r].head, running_.largest[r], running_.sum[r],
-                 values);
-      return;
-    }
     const int64_t rows = s.q_len * (a_.heads / a_.kv_heads), row = u.row + r % u.row_count;
     const int64_t entry =
-        s.partial + ((u.chunk - s.first_chunk) * a_.kv_heads + kv_head) * rows + row;
+        s.partial + ((chunk - s.first_chunk) * a_.kv_heads + kv_head) * rows + row;
     float* to = a_.partials + entry * attention_entry(a_.value_dim);
     to[0] = running_.largest[r];
     to[1] = running_.sum[r];
-    to[2] = static_cast<float>(u.chunk_count);
+    to[2] = static_cast<float>(count);
     map(to + 16, value_width_, [&](int64_t i, auto l) { return load(values + i, l); });
   }
 
@@ -402,8 +387,9 @@ class Attend {
   int64_t scratch_, first_head_ = 0;
   Input *queries_, *placed_, *weights_;
   Packed *keys_, *values_, *stage_, *turned_;
-  float *scores_, *products_, *sums_;
-  Softmax running_;
+  float *scores_, *products_;
+  float *sums_, *totals_;    // of values, over the span so far and over the spans before it
+  Softmax running_, total_;  // the same of weights
   RowInfo* rows_;
   Found *now_, *next_;
 };
@@ -456,6 +442,7 @@ void attention(const AttentionArgs& a, int64_t begin, int64_t end) {
 void attention_join(const AttentionArgs& a, int64_t begin, int64_t end) {
   const int64_t group = a.heads / a.kv_heads, entry = attention_entry(a.value_dim);
   float* values = reinterpret_cast<float*>(a.scratch);
+  float* of_span = values + entry - 16;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t seq = i / a.kv_heads, kv_head = i % a.kv_heads;
     const AttentionSequence& s = a.sequences[seq];
@@ -465,12 +452,18 @@ void attention_join(const AttentionArgs& a, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < rows; ++r) {
       const RowInfo row = row_info(a, all, r);
       float largest = kNever, sum = 0.0f, old_part, new_part;
-      map(values, entry - 16, [](int64_t, auto) { return broadcast(0.0f); });
+      clear_values(values, entry - 16);
       for (int64_t c = 0; c < s.chunks;) {
-        float* from = a.partials + (s.partial + (c * a.kv_heads + kv_head) * rows + r) * entry;
-        c += static_cast<int64_t>(from[2]);
-        join({&largest, &sum}, {from, from + 1}, 1, &old_part, &new_part);
-        join_values(values, from + 16, entry - 16, old_part, new_part);
+        float span_largest = kNever, span_sum = 0.0f;
+        clear_values(of_span, entry - 16);
+        do {
+          float* from = a.partials + (s.partial + (c * a.kv_heads + kv_head) * rows + r) * entry;
+          c += static_cast<int64_t>(from[2]);
+          join({&span_largest, &span_sum}, {from, from + 1}, 1, &old_part, &new_part);
+          join_values(of_span, from + 16, entry - 16, old_part, new_part);
+        } while (c < s.chunks && (s.first_chunk + c) % kSpan != 0);
+        join({&largest, &sum}, {&span_largest, &span_sum}, 1, &old_part, &new_part);
+        join_values(values, of_span, entry - 16, old_part, new_part);
       }
       finish_row(a, row, kv_head * group + row.head, largest, sum, values);
     }

@@ -1,5 +1,5 @@
 // One row of scores over one chunk of keys: scale, softcap, bias and masks, then 2^(s log2 e -
-// max).
+// max); and how chunks are joined.
 #pragma once
 
 #include "attention_ints.h"
@@ -244,6 +244,49 @@ RowSums softmax_row(const AttentionArgs& a, const RowInfo& row, int64_t head, in
   }
   weights.finish(scores);
   return {largest, sum(sum0 + sum1)};
+}
+
+// Largest scores (in units of log 2) and sums of some rows, one after the other.
+struct Softmax {
+  float *largest, *sum;
+};
+
+// Joins m to r, n rows; what r and m weighted is to be multiplied by old_part and new_part. Where
+// neither saw a key, both are 0.
+LMFUSE_INLINE void join(Softmax r, Softmax m, int64_t n, float* old_part, float* new_part) {
+  const auto step = [&](int64_t i, auto l) LMFUSE_LAMBDA {
+    const Vec before = load(r.largest + i, l), more = load(m.largest + i, l);
+    const Vec largest = max(before, more);
+    const Vec base = max(largest, broadcast(-3e38f));  // -inf less itself would be NaN
+    const Vec old_factor = exp2<float>(before - base), new_factor = exp2<float>(more - base);
+    const Vec sum = fma(load(r.sum + i, l), old_factor, load(m.sum + i, l) * new_factor);
+    store(r.largest + i, largest, l);
+    store(r.sum + i, sum, l);
+    store(old_part + i, old_factor, l);
+    store(new_part + i, new_factor, l);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) step(i, All{});
+  if (i < n) step(i, Lanes::first(n - i));
+}
+
+// What no key was joined to yet.
+LMFUSE_INLINE void clear(Softmax r, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    r.largest[i] = kNever;
+    r.sum[i] = 0.0f;
+  }
+}
+LMFUSE_INLINE void clear_values(float* values, int64_t n) {
+  map(values, n, [](int64_t, auto) { return broadcast(0.0f); });
+}
+
+LMFUSE_INLINE void join_values(float* sum, const float* more, int64_t n, float old_part,
+                               float new_part) {
+  const Vec old_factor = broadcast(old_part), new_factor = broadcast(new_part);
+  map(sum, n, [&](int64_t i, auto l) LMFUSE_LAMBDA {
+    return fma(load(sum + i, l), old_factor, load(more + i, l) * new_factor);
+  });
 }
 
 }  // namespace

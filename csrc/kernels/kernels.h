@@ -309,9 +309,10 @@ struct WoqPlan {
 };
 
 // Attention: out = softmax(scale q k^T + bias) v, the softmax over chunks of keys that begin at
-// fixed positions and are joined in their order. So the bits of a row depend on its query, its keys
-// and its masks, and on nothing that is computed beside it.
-constexpr int64_t kKeyChunk = 256;
+// fixed positions. Those of a span, kSpan chunks that begin at a multiple of it, are joined in
+// their order, and then the spans in theirs. So the bits of a row depend on its query, its keys and
+// its masks, and on nothing that is computed beside it.
+constexpr int64_t kKeyChunk = 256, kSpan = 8;
 
 // How keys and values are stored: a DType, an fp8 type, or int8 with a scale for each token and
 // head.
@@ -380,8 +381,8 @@ struct AttentionArgs {
   float* partials;  // entries of attention_entry(value_dim) floats
   char* scratch;    // of the calling thread
 };
-// A partial result, of one chunk or several: the largest score, the sum, how many chunks, and (64
-// bytes further) the weighted values.
+// A partial result, of one chunk or the first ones of a span: the largest score, the sum, how many
+// chunks, and (64 bytes further) the weighted values.
 constexpr int64_t attention_entry(int64_t value_dim) {
   return 16 + (value_dim + kPanel - 1) / kPanel * kPanel;
 }

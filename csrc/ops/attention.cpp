@@ -3,6 +3,7 @@
 // over to attention_plan.h.
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "attention_plan.h"
 #include "kv.h"
@@ -336,26 +337,79 @@ std::vector<int32_t> columns_of(const Tensor& beam_idx, int64_t rows, int64_t ba
   return columns;
 }
 
-// query [batch, seq, heads, dim]; caches [rows, batch, kv_heads, dim], of which the last seq of
-// kv_len rows were just written.
-Tensor attention_indirect(Tensor query, Tensor key_cache, Tensor value_cache, Tensor beam_idx,
-                          int64_t kv_len, std::optional<Tensor> mask, std::optional<Tensor> alibi,
-                          double scale, bool causal) {
-  query = with_rows(query);
-  check_heads(query, 4, "query");
-  check_heads(key_cache, 4, "key_cache");
-  check_heads(value_cache, 4, "value_cache");
-  const int64_t batch = query.size(0), q_len = query.size(1), rows = key_cache.size(0);
-  LMFUSE_CHECK(key_cache.size(1) == batch && key_cache.size(3) == query.size(3) &&
-                   value_cache.size(0) == rows && value_cache.size(1) == batch &&
-                   value_cache.size(2) == key_cache.size(2),
-               "query, key_cache and value_cache do not belong together");
+// Of [batch, seq, kv_heads, dim] the tokens at position `past` and on into the rows of caches
+// [rows, batch, kv_heads, dim], each sequence into its own column.
+void append(const Tensor& key, const Tensor& value, const Tensor& key_cache,
+            const Tensor& value_cache, int64_t past) {
+  const auto side = [](const Tensor& from, const Tensor& to, const char* name) {
+    const KvSource cache = kv_source(to, {}, {0, 1, 2}, name);
+    return CacheArgs::Side{from.const_data_ptr(), from.stride(0), from.stride(2),
+                           to.mutable_data_ptr(), cache.stride,   nullptr,
+                           cache.scale_stride,    from.size(3),   1.0f};
+  };
+  CacheArgs a{};
+  a.key = side(key, key_cache, "key_cache");
+  a.value = side(value, value_cache, "value_cache");
+  a.from_type = dtype(key, "key");
+  a.to_type = kv_type(key_cache, "key_cache");
+  a.heads = key.size(2);
+  const int64_t batch = a.block = key.size(0), seq = key.size(1), size = key.element_size();
+  std::vector<int64_t> slots(seq * batch);
+  std::iota(slots.begin(), slots.end(), past * batch);
+  const auto kernel = kernels().cache_write;
+  const auto at = [&](const Tensor& t, int64_t s) {
+    return static_cast<const char*>(t.const_data_ptr()) + s * t.stride(1) * size;
+  };
+  parallel(seq, batch * a.heads * (a.key.dim + a.value.dim), [&](int64_t begin, int64_t end) {
+    CacheArgs mine = a;
+    for (int64_t s = begin; s < end; ++s) {
+      mine.key.from = at(key, s);
+      mine.value.from = at(value, s);
+      mine.slots = slots.data() + s * batch;
+      kernel(mine, 0, batch);
+    }
+  });
+}
+
+void check_indirect(const Tensor& query, const Tensor& key, const Tensor& value,
+                    const Tensor& key_cache, const Tensor& value_cache, const Tensor& beam_idx,
+                    int64_t past) {
+  const int64_t batch = query.size(0), seq = query.size(1), rows = key_cache.size(0);
+  const auto belong = [&](const Tensor& t, const Tensor& cache) {
+    return t.size(0) == batch && t.size(1) == seq && t.size(2) == cache.size(2) &&
+           t.size(3) == cache.size(3) && cache.size(0) == rows && cache.size(1) == batch;
+  };
+  LMFUSE_CHECK(belong(key, key_cache) && belong(value, value_cache) &&
+                   key.size(3) == query.size(3) && key.size(2) == value.size(2),
+               "query, key, value and their caches do not belong together");
+  LMFUSE_CHECK(same_type(key, value) && same_type(key_cache, value_cache) &&
+                   (same_type(key, key_cache) || key_cache.element_size() == 1),
+               "the caches must have the dtype of key and value, or be fp8");
   LMFUSE_CHECK(beam_idx.is_cpu() && beam_idx.scalar_type() == ScalarType::Long &&
                    beam_idx.is_contiguous() && beam_idx.dim() == 2 &&
                    beam_idx.size(0) == rows + 2 && beam_idx.size(1) == batch,
                "beam_idx must be a contiguous CPU tensor of int64, [rows + 2, batch]");
-  LMFUSE_CHECK_VALUE(kv_len >= q_len && kv_len <= rows, "kv_len is ", kv_len, ", but must be from ",
-                     q_len, " to ", rows);
+  LMFUSE_CHECK_VALUE(past >= 0 && past <= rows - seq, "there are ", past, " tokens in ", rows,
+                     " rows of the cache, but ", seq, " more must fit");
+}
+
+// query, key, value [batch, seq, heads, dim]; caches [rows, batch, kv_heads, dim] of `past` tokens,
+// to which key and value are appended.
+Tensor attention_indirect(Tensor query, Tensor key, Tensor value, Tensor key_cache,
+                          Tensor value_cache, Tensor beam_idx, int64_t past,
+                          std::optional<Tensor> mask, std::optional<Tensor> alibi, double scale,
+                          bool causal) {
+  query = with_rows(query);
+  key = with_rows(key);
+  value = with_rows(value);
+  check_heads(query, 4, "query");
+  check_heads(key, 4, "key");
+  check_heads(value, 4, "value");
+  check_heads(key_cache, 4, "key_cache");
+  check_heads(value_cache, 4, "value_cache");
+  check_indirect(query, key, value, key_cache, value_cache, beam_idx, past);
+  const int64_t batch = query.size(0), q_len = query.size(1), rows = key_cache.size(0);
+  const int64_t kv_len = past + q_len;
   const int64_t sizes[4] = {batch, q_len, query.size(2), value_cache.size(3)};
   Tensor out = empty(sizes, 4, query);
   AttentionArgs a{};
@@ -368,7 +422,8 @@ Tensor attention_indirect(Tensor query, Tensor key_cache, Tensor value_cache, Te
   Options o{mask, alibi, {}, scale, causal, -1, -1, 0.0, 1.0, 1.0};
   set_options(a, o, batch);
   set_mask(a, o.mask, batch, q_len, kv_len);
-  const std::vector<int32_t> columns = columns_of(beam_idx, rows, batch, kv_len - q_len, kv_len);
+  const std::vector<int32_t> columns = columns_of(beam_idx, rows, batch, past, kv_len);
+  append(key, value, key_cache, value_cache, past);
   AttentionPlan plan;
   for (int64_t b = 0; b < batch; ++b) {
     AttentionSequence s{};
@@ -402,8 +457,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lmfuse, m) {
       " bool causal, int window_left, int window_right, float softcap, float key_scale,"
       " float value_scale) -> ()");
   m.def(
-      "attention_indirect(Tensor query, Tensor key_cache, Tensor value_cache, Tensor beam_idx,"
-      " int kv_len, Tensor? mask, Tensor? alibi, float scale, bool causal) -> Tensor");
+      "attention_indirect(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache,"
+      " Tensor(b!) value_cache, Tensor beam_idx, int past, Tensor? mask, Tensor? alibi,"
+      " float scale, bool causal) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmfuse, CPU, m) {

@@ -106,8 +106,12 @@ inline int64_t cost(const AttentionArgs& a, const AttentionSequence& s, const At
 
 // Cuts the units of sequences that may have partial results into pieces of some chunks, so that the
 // threads can be given about the same: kPieces or more for each. Those left whole need no join.
+//
+// In a cache where a position of all sequences lies beside the next one, pieces are short, and the
+// sequences take turns: each one to its end would walk over all pages of the cache again (8
+// sequences of 32k, D = 64, Zen 4 at 34 GB/s: 75 for 70 ns/KB; of 4k the same).
 inline void cut_units(const AttentionArgs& a, AttentionPlan& p, int64_t threads) {
-  constexpr int64_t kPieces = 8;
+  constexpr int64_t kPieces = 8, kTurn = 2 * kSpan;
   int64_t total = 0;
   for (const AttentionUnit& u : p.units) total += cost(a, p.sequences[u.seq], u);
   const int64_t most = std::max<int64_t>(1, total * a.kv_heads / (threads * kPieces));
@@ -120,17 +124,21 @@ inline void cut_units(const AttentionArgs& a, AttentionPlan& p, int64_t threads)
     }
     int64_t n = (cost(a, p.sequences[u.seq], u) + most - 1) / most;
     while (n * a.kv_heads % threads) ++n;
-    const int64_t size = (u.chunk_count + n - 1) / n;
+    const int64_t even = (u.chunk_count + n - 1) / n;
+    const int64_t size = a.absolute ? std::min(even, kTurn) : even;
     for (int64_t end = u.chunk + u.chunk_count; u.chunk < end; u.chunk += u.chunk_count) {
       u.chunk_count = std::min(size, end - u.chunk);
       pieces.push_back(u);
-      for (int64_t b = u.seq; b < u.seq + u.seq_count; ++b) ++of_sequence[b];
+      for (int64_t b = u.seq; b < u.seq + u.seq_count; ++b) of_sequence[b] += u.seq_count;
     }
   }
+  if (a.absolute)
+    std::stable_sort(pieces.begin(), pieces.end(),
+                     [](const auto& x, const auto& y) { return x.chunk < y.chunk; });
   p.units = std::move(pieces);
   bool joins = false;
   for (size_t b = 0; b < p.sequences.size(); ++b) {
-    if (of_sequence[b] <= 1) p.sequences[b].partial = -1;
+    if (of_sequence[b] <= 1) p.sequences[b].partial = -1;  // one piece, and alone in it
     joins |= p.sequences[b].partial >= 0;
   }
   if (!joins) p.entries = 0;

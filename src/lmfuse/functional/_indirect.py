@@ -69,6 +69,17 @@ def new_caches(
     return key_cache, value_cache, beam_idx
 
 
+def ready(key: Tensor, value: Tensor, layer_past: LayerPast | None, length: int) -> bool:
+    """Whether the op can append to the caches as they are; what else is wrong, it says."""
+    try:
+        assert layer_past is not None
+        _, *caches = layer_past
+        dense = all(c.is_contiguous() for c in caches)
+        return dense and caches[0].shape[0] >= length and key.dtype is value.dtype
+    except (AttributeError, IndexError, RuntimeError):
+        return False
+
+
 def check_caches(layer_past: LayerPast, key: Tensor, value: Tensor, past: int) -> Caches:
     batch, _, kv_heads, dim = key.shape
     caches = check_cache(layer_past, past)
@@ -146,10 +157,6 @@ def grown(caches: Caches, length: int) -> Caches:
 def append(key: Tensor, value: Tensor, caches: Caches, past: int, beams: int) -> None:
     """Token t of sequence b into row past + t, column b * beams."""
     batch, seq = key.shape[:2]
-    if caches[0].dtype is key.dtype and not torch.is_grad_enabled():  # two copies: 6 us for 40
-        for new, cache in zip((key, value), caches, strict=False):
-            cache[past : past + seq, ::beams].copy_(new.transpose(0, 1))
-        return
     columns = caches[0].shape[1]
     slots = torch.arange(past * columns, (past + seq) * columns, beams)  # token by token
     if seq > 1:

@@ -105,8 +105,10 @@ def indirect_access_kv_cache_attention(
         options = (None, scale, add_casual_mask, 0, 0.0, text_max_length, _fresh())
         out, *present = call(_op_step, *given, *options, check=_check_step)
         return out.transpose(1, 2), None, cast(LayerPast, tuple(present))
-    chosen = {"causal": add_casual_mask, "scale": scale}
-    out, after = _step(query, key, value, layer_past, past, attention_mask, text_max_length, chosen)
+    out, after = _step(
+        query, key, value, layer_past, past, attention_mask, text_max_length,
+        causal=add_casual_mask, scale=scale,
+    )  # fmt: skip
     return out.transpose(1, 2), None, after
 
 
@@ -190,9 +192,48 @@ def _step(
     past: int,
     attention_mask: Tensor | None,
     text_max_length: int,
-    options: dict[str, Any],
+    *,
+    causal: bool,
+    scale: float,
+    **options: Any,
 ) -> tuple[Tensor, LayerPast]:
     """Appends, and attends with the `options` of `attention`; out is [batch, seq, heads, dim]."""
+    length = past + query.shape[1]
+
+    def check(*_: object) -> None:
+        _check_tokens(query, key, value, layer_past, past, attention_mask)
+
+    mask = _attention.four_dims(attention_mask)
+    if past and not options and _indirect.ready(key, value, layer_past, length):
+        assert layer_past is not None  # or past were 0
+        caches = layer_past[1:]
+    else:
+        check()
+        value = value.to(key.dtype)
+        chosen = {"mask": mask, "causal": causal, "scale": scale, **options}
+        if layer_past is None or past == 0:
+            caches = _indirect.new_caches(key, value, layer_past, text_max_length)
+            _indirect.append(key, value, caches, 0, caches[2].shape[1] // query.shape[0])
+            return attention(query, key, value, **chosen), (_indirect.info(length), *caches)
+        caches = _indirect.grown(_indirect.check_caches(layer_past, key, value, past), length)
+        if options:
+            _indirect.append(key, value, caches, past, 1)
+            present = (_indirect.info(length), *caches)
+            return attention(query, *_gathered(present, past), **chosen), present
+    args = (query, key, value, *caches, past, mask, None, scale, causal)
+    out: Tensor = call(_op_indirect, *args, written=(3, 4), check=check)
+    return out, (_indirect.info(length), *caches)
+
+
+def _check_tokens(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer_past: LayerPast | None,
+    past: int,
+    attention_mask: Tensor | None,
+) -> None:
+    """Raises unless all of them belong together."""
     _attention.heads("key", key, "[batch, seq, kv_heads, dim]")
     _attention.heads("value", value, "[batch, seq, kv_heads, dim]")
     batch, seq, heads, dim = query.shape
@@ -200,7 +241,6 @@ def _step(
     for name, x in (("key", key), ("value", value), ("attention_mask", attention_mask)):
         if x is not None and x.device != query.device:
             raise ValueError(f"{name} is on {x.device}, but query is on {query.device}")
-    value = value.to(key.dtype)
     _attention.equal("key", key.shape[0], batch, "batch size", "query")
     _attention.equal("key", key.shape[1], seq, "length", "query")
     _attention.equal("key", key.shape[3], dim, "head dimension", "query")
@@ -208,36 +248,8 @@ def _step(
     _attention.equal("value", value.shape[1], seq, "length", "query")
     _attention.equal("value", value.shape[2], key.shape[2], "number of heads", "key")
     _attention.groups(heads, key.shape[2], "key")
-    mask = _attention.four_dims(attention_mask)
-    if past == 0:
-        caches = _indirect.new_caches(key, value, layer_past, text_max_length)
-        _indirect.append(key, value, caches, 0, caches[2].shape[1] // batch)
-        out = attention(query, key, value, mask=mask, **options)
-    else:
-        assert layer_past is not None  # or past were 0
-        caches = _indirect.grown(_indirect.check_caches(layer_past, key, value, past), past + seq)
-        _indirect.append(key, value, caches, past, 1)
-        out = _attend(query, (_indirect.info(past + seq), *caches), mask, **options)
-    return out, (_indirect.info(past + seq), *caches)
-
-
-def _attend(
-    query: Tensor,
-    layer_past: LayerPast,
-    mask: Tensor | None,
-    *,
-    causal: bool,
-    scale: float,
-    **options: Any,
-) -> Tensor:
-    """Attention of the last tokens over a cache that holds them."""
-    info, *caches = layer_past
-    length = info.size(-2)
-    if not options:
-        out: Tensor = call(_op_indirect, query, *caches, length, mask, None, scale, causal)
-        return out
-    keys, values = _gathered(layer_past, length - query.shape[1])
-    return attention(query, keys, values, mask=mask, causal=causal, scale=scale, **options)
+    if past and layer_past is not None:
+        _indirect.check_caches(layer_past, key, value, past)
 
 
 def _one_device(query: Tensor, **others: Tensor | None) -> None:
@@ -283,11 +295,11 @@ def _op_step_impl(
             at = torch.arange(past + seq)
             near = at > at[past:].unsqueeze(1) - window
             mask = near if mask is None else mask & near
-    options |= {"causal": causal, "scale": scale}
     layer_past = (seq_info, key_cache, value_cache, beam_idx)
     if fresh:
         layer_past = (seq_info, key_cache.clone(), value_cache.clone(), beam_idx.clone())
-    out, present = _step(query, key, value, layer_past, past, mask, rows, options)
+    given = (query, key, value, layer_past, past, mask, rows)
+    out, present = _step(*given, causal=causal, scale=scale, **options)
     return out, *present
 
 
@@ -337,5 +349,5 @@ def _(
 
 
 @register_fake("attention_indirect")
-def _(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object) -> Tensor:
-    return query.new_empty((*query.shape[:3], value_cache.shape[3]))
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))

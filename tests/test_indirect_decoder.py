@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 
 import lmfuse
 from lmfuse import functional
+from lmfuse.functional import indirect_decoder
 from lmfuse.hf import tracing
 from test_decoder_layers import layers_of
 from test_generation import make
@@ -143,6 +146,21 @@ def test_a_file_holds_the_layers() -> None:
             assert torch.equal(graph(**sample)[0], logits)
     del loaded[0], graph
     assert torch.equal(loaded[0][0](**sample)[0], logits)
+
+
+@torch.no_grad()
+def test_what_is_remembered_goes_with_the_caches(model: Any) -> None:
+    gc.collect()
+    known, graph = len(indirect_decoder._known), trace(model)
+    mask = torch.ones(2, 4).long()
+    _, past = graph(**given(model, mask[:, :3]))
+    _, past = graph(**given(model, mask, past, 1))
+    assert len(indirect_decoder._known) == known + 1
+    cache = weakref.ref(past[0][1])
+    del past
+    gc.collect()
+    assert cache() is None
+    assert len(indirect_decoder._known) == known
 
 
 @torch.no_grad()

@@ -109,8 +109,8 @@ class _Known(NamedTuple):
     arenas: DecoderCaches
 
 
-# Beside a layout, which its graph keeps, and beside the beam indices of the first layer, which
-# whoever generates hands on. No value holds its key.
+# Beside a layout, which its graph keeps (and torch.jit every graph that it traced), and beside the
+# beam indices of the first layer, which whoever generates hands on. No value holds its key.
 _stacks: Any = WeakTensorKeyDictionary()
 _known: Any = WeakTensorKeyDictionary()
 

@@ -104,6 +104,10 @@ def test_tokens_agree_up_to_the_first_difference() -> None:
     assert model._same(a, b) == 3
 
 
+def test_ops_within_ops_count_once() -> None:
+    assert model._covered([(5.0, 7.0), (0.0, 4.0), (1.0, 2.0), (3.0, 4.5)]) == 6.5
+
+
 def test_bench_model_prints_and_writes(
     small: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -285,12 +285,17 @@ def _outside(model: Any, ids: Tensor, case: ModelCase, new: int = 12) -> float:
     events = [(e.name, e.time_range.start, e.time_range.end) for e in seen.events()]  # type: ignore[no-untyped-call]
     marks = sorted(start for name, start, _ in events if name == _MARK)
     begin, end = marks[1], marks[-1]  # the first may be that of the prompt
-    ops: float = sum(
-        stop - start
-        for name, start, stop in events
-        if name.startswith("lmfuse::") and begin < start < end
-    )
-    return 1 - ops / float(end - begin)
+    ops = [e[1:] for e in events if e[0].startswith("lmfuse::") and begin < e[1] < end]
+    return 1 - _covered(ops) / float(end - begin)
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """How long any of these lasted: an op of a graph may call others."""
+    whole, reached = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        whole += max(stop - max(start, reached), 0.0)
+        reached = max(reached, stop)
+    return whole
 
 
 def _generate(model: Any, ids: Tensor, case: ModelCase, new: int, **options: Any) -> Tensor:

@@ -215,7 +215,8 @@ def _step(
             caches = _indirect.new_caches(key, value, layer_past, text_max_length)
             _indirect.append(key, value, caches, 0, caches[2].shape[1] // query.shape[0])
             return attention(query, key, value, **chosen), (_indirect.info(length), *caches)
-        caches = _indirect.grown(_indirect.check_caches(layer_past, key, value, past), length)
+        _, keys, values, beam_idx = layer_past
+        caches = _indirect.grown((keys, values, beam_idx.contiguous()), length)
         if options:
             _indirect.append(key, value, caches, past, 1)
             present = (_indirect.info(length), *caches)

@@ -74,16 +74,8 @@ def indirect_cache_decoder(
     return out, tuple(_tuples(found))
 
 
-def _check_step(
-    hidden_states: Tensor,
-    parameters: list[Tensor],
-    layout: Tensor,
-    numbers: Tensor,
-    layer_past: list[Tensor],
-    mask: Tensor | None,
-    angles: list[Tensor],
-    *_: object,
-) -> None:
+def _check_step(hidden_states: Tensor, *args: Any) -> None:
+    _, _, _, layer_past, mask, angles, *_ = args
     _check.held("hidden_states", hidden_states)
     for i, x in enumerate(layer_past):
         _check.held(f"layer_past[{i % 4}]", x)

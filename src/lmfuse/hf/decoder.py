@@ -67,7 +67,7 @@ class FusedDecoder(swap.Fused):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See the forward of the layer itself; where the op does the same, `functional.decoder`."""
-        if not torch.compiler.is_compiling() and not _jit_traces():
+        if not torch.compiler.is_compiling() and not attention._jit_traces():
             run = _run_of(self, [self])  # whose own hooks are called around this
             given = _named(self.fused_form, args, kwargs)
             result = None if run is None else run(hidden_states, [given])
@@ -176,10 +176,6 @@ def generating() -> Iterator[None]:
         _generating.seen = outer
 
 
-def _jit_traces() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
-
-
 def _run_of(owner: nn.Module, layers: list[Any]) -> _Run | None:
     """The run of these layers, made again once they or their parts are others; None if somebody
     looks inside."""
@@ -279,7 +275,7 @@ class _Run:
         same = all(kwargs.get(self.kinds[0].cache) is cache for kwargs in given)
         if len(tables) < len(given) or not same:
             return None
-        if _jit_traces():
+        if attention._jit_traces():
             return self._traced(hidden_states, cache, given, tables)
         masks = list(map(_mask, self.kinds, given))
         masks = [mask if attention._hides(mask) else None for mask in masks]
